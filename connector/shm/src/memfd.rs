@@ -1,0 +1,247 @@
+//! Sealed anonymous memory and its mappings.
+
+use std::{
+    ffi::c_void,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+    sync::atomic::AtomicU64,
+};
+
+use rustix::{
+    fs::{MemfdFlags, SealFlags},
+    io::Errno,
+    mm::{MapFlags, ProtFlags},
+};
+
+/// Why shared memory could not be made or mapped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ShmError {
+    /// A system call failed.
+    #[error("{call} failed: {errno}")]
+    System {
+        /// Which call.
+        call: &'static str,
+        /// What the kernel said.
+        errno: Errno,
+    },
+    /// The peer could still change the size of what we would map.
+    #[error("expected a memfd with seals {expected}, got {found}: seal it before passing it on")]
+    NotSealed {
+        /// Seals that were needed.
+        expected: String,
+        /// Seals that were there.
+        found: String,
+    },
+    /// The size is not what both sides agreed on.
+    #[error("expected {expected} bytes of shared memory, got {found}")]
+    Size {
+        /// Bytes that were needed.
+        expected: u64,
+        /// Bytes that were there.
+        found: u64,
+    },
+    /// The content does not begin as it should.
+    #[error("shared {what} is not one of ours: expected magic {expected:#x}, got {found:#x}")]
+    Magic {
+        /// Which table.
+        what: &'static str,
+        /// The magic of this version.
+        expected: u64,
+        /// What was there.
+        found: u64,
+    },
+}
+
+fn system(call: &'static str) -> impl Fn(Errno) -> ShmError {
+    move |errno| ShmError::System { call, errno }
+}
+
+/// How strongly a memfd is sealed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seal {
+    /// Nobody can change the size any more.
+    Size,
+    /// Nor can anybody make a new writable mapping: existing ones (ours) stay writable.
+    SizeAndFutureWrites,
+}
+
+impl Seal {
+    fn flags(self) -> SealFlags {
+        let size = SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+        match self {
+            Self::Size => size,
+            Self::SizeAndFutureWrites => size | SealFlags::FUTURE_WRITE,
+        }
+    }
+}
+
+/// Anonymous memory behind a file descriptor.
+#[derive(Debug)]
+pub struct Memfd {
+    fd: OwnedFd,
+    bytes: u64,
+}
+
+impl Memfd {
+    /// New zeroed memory. `name` shows up in /proc only.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn create(name: &str, bytes: u64) -> Result<Self, ShmError> {
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(system("memfd_create"))?;
+        rustix::fs::ftruncate(&fd, bytes).map_err(system("ftruncate"))?;
+        Ok(Self { fd, bytes })
+    }
+
+    /// Takes over a memfd from a peer, if it carries at least these seals and exactly this size.
+    ///
+    /// # Errors
+    /// [`ShmError::NotSealed`] or [`ShmError::Size`].
+    pub fn adopt(fd: OwnedFd, seal: Seal, bytes: u64) -> Result<Self, ShmError> {
+        let seals = rustix::fs::fcntl_get_seals(&fd).map_err(system("fcntl(F_GET_SEALS)"))?;
+        if !seals.contains(seal.flags()) {
+            return Err(ShmError::NotSealed {
+                expected: format!("{:?}", seal.flags()),
+                found: format!("{seals:?}"),
+            });
+        }
+        let found = rustix::fs::fstat(&fd).map_err(system("fstat"))?.st_size as u64;
+        if found != bytes {
+            return Err(ShmError::Size { expected: bytes, found });
+        }
+        Ok(Self { fd, bytes })
+    }
+
+    /// Seals it. Make writable mappings first where future writes are sealed.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn seal(&self, seal: Seal) -> Result<(), ShmError> {
+        rustix::fs::fcntl_add_seals(&self.fd, seal.flags()).map_err(system("fcntl(F_ADD_SEALS)"))
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The descriptor, to be passed on.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Maps all of it.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn map(&self, access: Access) -> Result<Mapping, ShmError> {
+        Mapping::new(self, access)
+    }
+}
+
+/// What a mapping is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reads only.
+    Read,
+    /// Reads and writes.
+    ReadWrite,
+}
+
+/// A shared mapping, unmapped on drop.
+#[derive(Debug)]
+pub struct Mapping {
+    start: NonNull<c_void>,
+    bytes: usize,
+    access: Access,
+}
+
+// SAFETY: the mapping is plain memory owned by this value; all access goes through atomics or
+// through the raw pointer of `as_ptr`, whose users state their own synchronisation.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(memfd: &Memfd, access: Access) -> Result<Self, ShmError> {
+        let prot = match access {
+            Access::Read => ProtFlags::READ,
+            Access::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+        };
+        let bytes = memfd.bytes as usize;
+        // SAFETY: a fresh address is asked for (null hint), the fd is valid and as long as `bytes`,
+        // and the kernel checks the rest.
+        let start =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, MapFlags::SHARED, &memfd.fd, 0) }
+                .map_err(system("mmap"))?;
+        let start = NonNull::new(start).ok_or(ShmError::System { call: "mmap", errno: Errno::INVAL })?;
+        Ok(Self { start, bytes, access })
+    }
+
+    /// First byte. Valid for [`Mapping::bytes`] as long as the mapping lives.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.start.as_ptr().cast()
+    }
+
+    /// Length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether it may be written through.
+    pub fn access(&self) -> Access {
+        self.access
+    }
+
+    /// All of it as 64-bit atomics. Stores through a read-only mapping would fault:
+    /// the tables of this crate store only through mappings that they made writable.
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: mmap is page aligned, `bytes / 8` whole words lie inside the mapping, which lives as
+        // long as the borrow; AtomicU64 allows concurrent change by other processes.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<AtomicU64>(), self.bytes / 8) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: start and bytes are those of the mmap above, and nobody borrows from us any more.
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr(), self.bytes) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unsealed_or_wrong_sized_memory_is_refused() {
+        let open = Memfd::create("t", 4096).unwrap();
+        let copy = open.fd().try_clone_to_owned().unwrap();
+        assert!(matches!(Memfd::adopt(copy, Seal::Size, 4096), Err(ShmError::NotSealed { .. })));
+        open.seal(Seal::Size).unwrap();
+        let copy = open.fd().try_clone_to_owned().unwrap();
+        assert!(matches!(Memfd::adopt(copy, Seal::Size, 8192), Err(ShmError::Size { found: 4096, .. })));
+        let copy = open.fd().try_clone_to_owned().unwrap();
+        assert!(Memfd::adopt(copy, Seal::Size, 4096).is_ok());
+        assert!(rustix::fs::ftruncate(open.fd(), 0).is_err(), "a sealed memfd cannot shrink");
+    }
+
+    #[test]
+    fn sealed_against_future_writes_a_new_writable_mapping_is_refused() {
+        let memfd = Memfd::create("t", 4096).unwrap();
+        let ours = memfd.map(Access::ReadWrite).unwrap();
+        memfd.seal(Seal::SizeAndFutureWrites).unwrap();
+        assert!(memfd.map(Access::ReadWrite).is_err());
+        let theirs = memfd.map(Access::Read).unwrap();
+        ours.words()[3].store(7, std::sync::atomic::Ordering::Release);
+        assert_eq!(theirs.words()[3].load(std::sync::atomic::Ordering::Acquire), 7);
+    }
+
+    #[test]
+    fn a_file_that_is_no_memfd_is_refused() {
+        let file = std::fs::File::open("/dev/zero").unwrap();
+        assert!(Memfd::adopt(file.into(), Seal::Size, 4096).is_err());
+    }
+}
