@@ -1,1 +1,3 @@
+//! The `pillion` command.
+
 fn main() {}
