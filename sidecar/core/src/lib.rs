@@ -1,1 +1,17 @@
-//! sidecar/core
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod core;
+mod event;
+mod ids;
+mod jobs;
+pub mod key;
+mod lease;
+mod pool;
+mod store;
+
+pub use crate::core::{Core, Counters, Limits, SessionView};
+pub use event::{Action, BlockOutcome, CopyItem, Direction, Event, Outcome, Registration, Role};
+pub use ids::{JobId, LeaseId, NamespaceId, SessionId};
+pub use key::{BlockKey, Tenant, TenantKey};
+pub use pool::{CHUNK_BYTES, Extent};

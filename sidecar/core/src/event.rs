@@ -1,0 +1,312 @@
+//! What the core is told and what it wants done.
+
+use std::sync::Arc;
+
+use pillion_shm::presence::IndexKey;
+
+use crate::{
+    ids::{JobId, LeaseId, NamespaceId, SessionId},
+    key::{Namespace, Tenant},
+};
+
+/// Who attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// The engine's scheduler process: lookups and leases.
+    Scheduler,
+    /// An engine's worker process: memory and jobs.
+    Worker,
+    /// `pillion status` and the like.
+    Observer,
+}
+
+/// What the daemon found out about a worker's memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Registration {
+    /// Identity without tenant and epoch.
+    pub namespace: Namespace,
+    /// Bytes of one stored block.
+    pub record_bytes: u64,
+    /// Blocks of the engine.
+    pub num_blocks: u64,
+    /// Canonical description of a record; only equal ones are exchanged.
+    pub format: Arc<str>,
+}
+
+/// Which way bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Direction {
+    /// From the engine into the pool.
+    Save,
+    /// From the pool into the engine.
+    Load,
+}
+
+/// One block of a copy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyItem {
+    /// The engine's block id.
+    pub block: u64,
+    /// Offset in the pool.
+    pub offset: u64,
+    /// Checksum that a load must find; unused for saves.
+    pub checksum: u64,
+}
+
+/// How the copy of one block ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BlockOutcome {
+    /// Copied; the checksum of the bytes in the pool.
+    Copied(u64),
+    /// The bytes in the pool are not those that were stored.
+    Corrupt,
+    /// The engine's memory could not be reached.
+    Unreachable,
+    /// Not tried: the job was cancelled before.
+    Skipped,
+}
+
+/// How a job ended, for its worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// Said before; this is about quiescence.
+    AlreadyReported,
+    /// Done.
+    Done,
+    /// Nothing of it may be used.
+    Failed,
+    /// Given up by its worker, or at the sidecar's drain.
+    Cancelled,
+}
+
+/// Something that happened.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// A client attached and was let in.
+    Attached {
+        /// Its session.
+        session: SessionId,
+        /// What it is.
+        role: Role,
+        /// The engine instance it belongs to.
+        engine: Arc<str>,
+        /// The user it runs as.
+        uid: u32,
+        /// The tenant that it may act for.
+        tenant: Tenant,
+    },
+    /// Its connection ended, or it is to be dropped.
+    Detached {
+        /// Which.
+        session: SessionId,
+    },
+    /// A scheduler named its namespace.
+    OpenNamespace {
+        /// Who.
+        session: SessionId,
+        /// Echoed in the answer.
+        request: u64,
+        /// Identity without tenant and epoch.
+        namespace: Namespace,
+        /// Empty or 16 bytes.
+        epoch: Vec<u8>,
+    },
+    /// A worker's memory is mapped and its canary was right.
+    Registered {
+        /// Who.
+        session: SessionId,
+        /// What was registered.
+        registration: Registration,
+    },
+    /// A scheduler asks for a lease of the leading blocks.
+    Lease {
+        /// Who.
+        session: SessionId,
+        /// Echoed in the answer.
+        request: u64,
+        /// Where.
+        space: NamespaceId,
+        /// The prompt's block hashes, in order.
+        hashes: Vec<[u8; 32]>,
+    },
+    /// Keeps a lease for another term.
+    Renew {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        lease: LeaseId,
+    },
+    /// Ends a lease, once no job runs under it.
+    Release {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        lease: LeaseId,
+    },
+    /// A worker asks to save blocks.
+    Save {
+        /// Who.
+        session: SessionId,
+        /// Job id.
+        job: JobId,
+        /// Where.
+        space: NamespaceId,
+        /// Hash of the block before the first one.
+        parent: Option<[u8; 32]>,
+        /// Hashes, in order.
+        hashes: Vec<[u8; 32]>,
+        /// The engine's blocks, one per hash.
+        blocks: Vec<u32>,
+        /// Slot of the job word.
+        word: u32,
+        /// Tag of the job word.
+        tag: u64,
+        /// Deadline, ns of the core's clock.
+        deadline_ns: u64,
+    },
+    /// A worker asks to load blocks under a lease.
+    Load {
+        /// Who.
+        session: SessionId,
+        /// Job id.
+        job: JobId,
+        /// The lease that its scheduler was granted.
+        lease: LeaseId,
+        /// Index in the lease of the first block.
+        first: u32,
+        /// Where.
+        space: NamespaceId,
+        /// Hashes, in order: compared again.
+        hashes: Vec<[u8; 32]>,
+        /// The engine's blocks, one per hash.
+        blocks: Vec<u32>,
+        /// Deadline, ns of the core's clock.
+        deadline_ns: u64,
+    },
+    /// A worker gives a job up.
+    Cancel {
+        /// Who.
+        session: SessionId,
+        /// Which.
+        job: JobId,
+    },
+    /// A copy ended; nothing of it touches memory any more.
+    CopyDone {
+        /// Whose.
+        session: SessionId,
+        /// Which.
+        job: JobId,
+        /// One per item of the copy.
+        blocks: Vec<BlockOutcome>,
+    },
+    /// The answer to [`Action::TryPublish`].
+    PublishTried {
+        /// Whose.
+        session: SessionId,
+        /// Which.
+        job: JobId,
+        /// Whether the word was won.
+        won: bool,
+    },
+    /// Time passes.
+    Tick,
+    /// Stop taking work.
+    Drain,
+}
+
+/// Something to do. Actions are carried out in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Answer to [`Event::OpenNamespace`].
+    NamespaceOpened {
+        /// To whom.
+        session: SessionId,
+        /// Its request.
+        request: u64,
+        /// The id.
+        id: NamespaceId,
+    },
+    /// Answer to [`Event::Lease`]; `blocks` 0 comes without a lease.
+    Leased {
+        /// To whom.
+        session: SessionId,
+        /// Its request.
+        request: u64,
+        /// The lease.
+        lease: LeaseId,
+        /// Leading blocks that it covers.
+        blocks: u32,
+    },
+    /// Copy these blocks and answer with [`Event::CopyDone`].
+    Copy {
+        /// Whose memory.
+        session: SessionId,
+        /// For which job.
+        job: JobId,
+        /// Which way.
+        direction: Direction,
+        /// The blocks.
+        items: Vec<CopyItem>,
+        /// When the outcome will be reported anyway.
+        deadline_ns: u64,
+    },
+    /// Stop a copy at the next block; [`Event::CopyDone`] still follows.
+    CancelCopy {
+        /// Whose.
+        session: SessionId,
+        /// Which.
+        job: JobId,
+    },
+    /// Try to win a save's word and answer with [`Event::PublishTried`] before anything else.
+    TryPublish {
+        /// Whose.
+        session: SessionId,
+        /// Which.
+        job: JobId,
+        /// Slot of the word.
+        word: u32,
+        /// Its tag.
+        tag: u64,
+    },
+    /// Report into the worker's ring.
+    Complete {
+        /// To whom.
+        session: SessionId,
+        /// Which job.
+        job: JobId,
+        /// How it ended.
+        outcome: Outcome,
+        /// Nothing of it touches the engine's memory any more.
+        quiesced: bool,
+        /// Blocks loaded or newly stored.
+        blocks: u32,
+    },
+    /// A block can be found from now on.
+    TableSet {
+        /// In whose table.
+        tenant: Arc<str>,
+        /// Its key.
+        key: IndexKey,
+    },
+    /// A block is gone.
+    TableRemove {
+        /// From whose table.
+        tenant: Arc<str>,
+        /// Its key.
+        key: IndexKey,
+    },
+    /// No copy of this session runs any more and none will: its memory may be unmapped.
+    SessionEnded {
+        /// Which.
+        session: SessionId,
+    },
+    /// The client did what no correct client does; say so and count it.
+    ProtocolError {
+        /// Who.
+        session: SessionId,
+        /// What was expected and what came.
+        text: String,
+    },
+    /// Everything has ended: the process may exit.
+    Drained,
+}

@@ -1,0 +1,27 @@
+//! Jobs: each ends once and quiesces once.
+
+use crate::{
+    event::Direction,
+    ids::{JobId, LeaseId, SessionId},
+    store::RecordId,
+};
+
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) direction: Direction,
+    /// Saves: records being written. Loads: records being read, pinned by the lease.
+    pub(crate) records: Vec<RecordId>,
+    pub(crate) lease: Option<LeaseId>,
+    pub(crate) word: u32,
+    pub(crate) tag: u64,
+    pub(crate) deadline_ns: u64,
+    /// The outcome was reported before the copy ended (deadline), or nobody is left to tell.
+    pub(crate) reported: bool,
+    /// Given up: nothing of it is published or counted as loaded.
+    pub(crate) cancelled: bool,
+    /// Checksums of a finished save, waiting for its word.
+    pub(crate) checksums: Vec<u64>,
+}
+
+/// A job is known by its session and its id.
+pub(crate) type JobKey = (SessionId, JobId);

@@ -1,0 +1,155 @@
+//! Identity: tenants, namespaces and block keys (I9).
+//!
+//! A [`BlockKey`] can only be formed with a [`TenantKey`], and a tenant key never
+//! leaves the sidecar: shims send the engine's block hashes, and what they become
+//! here depends on the tenant that the attachment was granted.
+
+use std::{fmt, sync::Arc};
+
+use crate::ids::NamespaceId;
+
+/// The version of everything below; a change makes all older records unreachable.
+const FORMAT: &[u8] = b"pillion key v1";
+
+/// A tenant's secret, derived from the cluster secret.
+#[derive(Clone, PartialEq, Eq)]
+pub struct TenantKey([u8; 32]);
+
+impl TenantKey {
+    /// Wraps derived key material.
+    pub fn new(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// A per-boot seed for the presence table's index keys. It says nothing about the key.
+    pub fn index_seed(&self, generation: &[u8; 16]) -> u64 {
+        let mut hasher = blake3::Hasher::new_keyed(&self.0);
+        hasher.update(b"index seed").update(generation);
+        u64::from_le_bytes(first(hasher.finalize().as_bytes()))
+    }
+}
+
+impl fmt::Debug for TenantKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TenantKey(…)")
+    }
+}
+
+/// A tenant as an attachment was granted it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tenant {
+    /// Its name in the configuration.
+    pub name: Arc<str>,
+    /// Its secret.
+    pub key: TenantKey,
+}
+
+/// A namespace's readable form: what must agree, sorted by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Namespace {
+    fields: Vec<(String, String)>,
+}
+
+impl Namespace {
+    /// Sorts the fields; `None` if a name comes twice.
+    pub fn new(mut fields: Vec<(String, String)>) -> Option<Self> {
+        fields.sort();
+        fields.windows(2).all(|pair| pair[0].0 != pair[1].0).then_some(Self { fields })
+    }
+
+    /// Its id for a tenant in one epoch. The epoch of a fresh engine is empty.
+    pub fn id(&self, tenant: &Tenant, epoch: &[u8]) -> NamespaceId {
+        let mut hasher = blake3::Hasher::new_keyed(&tenant.key.0);
+        hasher.update(FORMAT);
+        part(&mut hasher, b"namespace");
+        for (name, value) in &self.fields {
+            part(&mut hasher, name.as_bytes());
+            part(&mut hasher, value.as_bytes());
+        }
+        part(&mut hasher, epoch);
+        NamespaceId(first(hasher.finalize().as_bytes()))
+    }
+
+    /// For people: `name=value` lines.
+    pub fn text(&self) -> String {
+        self.fields.iter().map(|(name, value)| format!("{name}={value}\n")).collect()
+    }
+}
+
+/// The identity of one stored block: 32 bytes, keyed by its tenant.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockKey([u8; 32]);
+
+impl BlockKey {
+    /// The only way to a key. `hash` is the engine's hash of the whole prefix up to the block's end.
+    pub fn new(tenant: &TenantKey, space: NamespaceId, group: u32, hash: &[u8; 32]) -> Self {
+        // One BLAKE3 block: 64 bytes.
+        let mut input = [0u8; 52];
+        input[..16].copy_from_slice(&space.0);
+        input[16..20].copy_from_slice(&group.to_le_bytes());
+        input[20..].copy_from_slice(hash);
+        Self(*blake3::keyed_hash(&tenant.0, &input).as_bytes())
+    }
+}
+
+impl fmt::Debug for BlockKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, ..] = self.0;
+        write!(f, "BlockKey({a:02x}{b:02x}{c:02x}{d:02x}…)")
+    }
+}
+
+fn part(hasher: &mut blake3::Hasher, bytes: &[u8]) {
+    hasher.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+}
+
+fn first<const N: usize>(bytes: &[u8; 32]) -> [u8; N] {
+    *bytes.first_chunk().expect("N is at most 32")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tenant(n: u8) -> Tenant {
+        Tenant { name: "t".into(), key: TenantKey::new([n; 32]) }
+    }
+
+    fn namespace(fields: &[(&str, &str)]) -> Namespace {
+        Namespace::new(fields.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect()).unwrap()
+    }
+
+    #[test]
+    fn ids_depend_on_every_field_tenant_and_epoch() {
+        let base = namespace(&[("model", "a"), ("dtype", "f32")]);
+        let id = base.id(&tenant(1), b"");
+        assert_eq!(id, namespace(&[("dtype", "f32"), ("model", "a")]).id(&tenant(1), b""), "order is no matter");
+        let others = [
+            namespace(&[("model", "b"), ("dtype", "f32")]).id(&tenant(1), b""),
+            namespace(&[("model", "a"), ("dtype", "f16")]).id(&tenant(1), b""),
+            // Length prefixes: moving a byte over a border is another namespace.
+            namespace(&[("modela", ""), ("dtype", "f32")]).id(&tenant(1), b""),
+            base.id(&tenant(2), b""),
+            base.id(&tenant(1), &[7; 16]),
+        ];
+        assert!(others.iter().all(|other| *other != id));
+    }
+
+    #[test]
+    fn a_field_that_comes_twice_is_refused() {
+        assert_eq!(Namespace::new(vec![("a".into(), "1".into()), ("a".into(), "2".into())]), None);
+    }
+
+    #[test]
+    fn keys_differ_by_tenant_namespace_group_and_hash() {
+        let key = |t: u8, s: u8, g, h: u8| BlockKey::new(&TenantKey::new([t; 32]), NamespaceId([s; 16]), g, &[h; 32]);
+        let base = key(1, 1, 0, 1);
+        assert!([key(2, 1, 0, 1), key(1, 2, 0, 1), key(1, 1, 1, 1), key(1, 1, 0, 2)].iter().all(|k| *k != base));
+    }
+
+    #[test]
+    fn key_material_is_not_printed() {
+        assert_eq!(format!("{:?}", TenantKey::new([7; 32])), "TenantKey(…)");
+        assert!(format!("{:?}", BlockKey([7; 32])).len() < 24);
+    }
+}

@@ -1,0 +1,97 @@
+//! Leases: bounded promises that records stay where they are.
+
+use std::{collections::HashMap, sync::Arc};
+
+use crate::{
+    ids::{LeaseId, NamespaceId, SessionId},
+    store::{RecordId, Store},
+};
+
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) session: SessionId,
+    /// Jobs under it must come from this engine instance, user and tenant.
+    pub(crate) engine: Arc<str>,
+    pub(crate) uid: u32,
+    pub(crate) tenant: Arc<str>,
+    pub(crate) space: NamespaceId,
+    pub(crate) records: Vec<RecordId>,
+    pub(crate) expires_ns: u64,
+    pub(crate) jobs: u32,
+    /// Its owner is done with it, or gone: it ends with its last job.
+    pub(crate) released: bool,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Leases {
+    leases: HashMap<LeaseId, Lease>,
+}
+
+impl Leases {
+    pub(crate) fn len(&self) -> usize {
+        self.leases.len()
+    }
+
+    pub(crate) fn get(&self, id: LeaseId) -> Option<&Lease> {
+        self.leases.get(&id)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: LeaseId) -> Option<&mut Lease> {
+        self.leases.get_mut(&id)
+    }
+
+    /// Pins the records and remembers why.
+    pub(crate) fn grant(&mut self, id: LeaseId, lease: Lease, store: &mut Store) {
+        for record in &lease.records {
+            store.pin(*record);
+        }
+        self.leases.insert(id, lease);
+    }
+
+    pub(crate) fn release(&mut self, id: LeaseId, store: &mut Store) {
+        if let Some(lease) = self.leases.get_mut(&id) {
+            lease.released = true;
+            if lease.jobs == 0 {
+                self.end(id, store);
+            }
+        }
+    }
+
+    pub(crate) fn job_ended(&mut self, id: LeaseId, store: &mut Store) {
+        if let Some(lease) = self.leases.get_mut(&id) {
+            lease.jobs -= 1;
+            if lease.jobs == 0 && lease.released {
+                self.end(id, store);
+            }
+        }
+    }
+
+    fn end(&mut self, id: LeaseId, store: &mut Store) {
+        if let Some(lease) = self.leases.remove(&id) {
+            // Children first, so that parents become the younger of the two in the queue.
+            for record in lease.records.iter().rev() {
+                store.unpin(*record);
+            }
+        }
+    }
+
+    pub(crate) fn session_ended(&mut self, session: SessionId, store: &mut Store) {
+        let ids: Vec<_> = self.leases.iter().filter(|(_, l)| l.session == session).map(|(id, _)| *id).collect();
+        for id in ids {
+            self.release(id, store);
+        }
+    }
+
+    pub(crate) fn expire(&mut self, now_ns: u64, store: &mut Store) -> u64 {
+        let ids: Vec<_> = self
+            .leases
+            .iter()
+            .filter(|(_, lease)| lease.expires_ns <= now_ns && lease.jobs == 0)
+            .map(|(id, _)| *id)
+            .collect();
+        for id in &ids {
+            self.end(*id, store);
+        }
+        ids.len() as u64
+    }
+}

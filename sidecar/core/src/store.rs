@@ -1,0 +1,325 @@
+//! The host tier's records: index, pins, prefix-aware eviction.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    hash::{BuildHasherDefault, Hasher},
+    sync::Arc,
+};
+
+use pillion_shm::presence::IndexKey;
+
+use crate::{
+    key::BlockKey,
+    pool::{Extent, Pool},
+};
+
+/// A record's place in the arena. Valid while the record is pinned, being written, or just looked up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct RecordId(u32);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum State {
+    /// Its bytes are being written: found by nobody.
+    Writing,
+    /// Proved: may be leased.
+    Published,
+    /// Taken out of the index while leases still hold it; freed with the last of them.
+    Retired,
+}
+
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) key: BlockKey,
+    pub(crate) index: IndexKey,
+    pub(crate) tenant: Arc<str>,
+    pub(crate) format: Arc<str>,
+    pub(crate) bytes: u64,
+    pub(crate) checksum: u64,
+    pub(crate) state: State,
+    extent: Extent,
+    parent: Option<BlockKey>,
+    pins: u32,
+    touch: u64,
+    /// Its entry in `evictable`, if it has one.
+    queued: Option<u64>,
+}
+
+/// A key is already uniform: eight bytes of it are its hash.
+#[derive(Default)]
+pub(crate) struct KeyHasher(u64);
+
+impl Hasher for KeyHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        if let Some(first) = bytes.first_chunk() {
+            self.0 ^= u64::from_le_bytes(*first);
+        }
+    }
+    fn write_usize(&mut self, _: usize) {}
+}
+
+type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
+
+/// What a new record needs.
+#[derive(Debug, Clone)]
+pub(crate) struct NewRecord {
+    pub(crate) key: BlockKey,
+    pub(crate) index: IndexKey,
+    pub(crate) tenant: Arc<str>,
+    pub(crate) format: Arc<str>,
+    pub(crate) bytes: u64,
+    pub(crate) parent: Option<BlockKey>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Store {
+    pool: Pool,
+    arena: Vec<Option<Record>>,
+    vacant: Vec<u32>,
+    by_key: KeyMap<RecordId>,
+    /// Records (written or being written) whose parent is this key.
+    children: KeyMap<u32>,
+    /// Published, unpinned leaves by age: what may go, oldest first.
+    evictable: BTreeSet<(u64, RecordId)>,
+    clock: u64,
+    pub(crate) used_bytes: u64,
+    pub(crate) pinned_bytes: u64,
+}
+
+impl Store {
+    pub(crate) fn new(pool_bytes: u64) -> Self {
+        Self {
+            pool: Pool::new(pool_bytes),
+            arena: Vec::new(),
+            vacant: Vec::new(),
+            by_key: KeyMap::default(),
+            children: KeyMap::default(),
+            evictable: BTreeSet::new(),
+            clock: 0,
+            used_bytes: 0,
+            pinned_bytes: 0,
+        }
+    }
+
+    pub(crate) fn fits(&self, bytes: u64) -> bool {
+        self.pool.fits(bytes)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.arena.len() - self.vacant.len()
+    }
+
+    pub(crate) fn find(&self, key: &BlockKey) -> Option<RecordId> {
+        self.by_key.get(key).copied()
+    }
+
+    pub(crate) fn get(&self, id: RecordId) -> Option<&Record> {
+        self.arena.get(id.0 as usize)?.as_ref()
+    }
+
+    pub(crate) fn offset(&self, id: RecordId) -> Option<u64> {
+        Some(self.pool.offset(self.get(id)?.extent))
+    }
+
+    /// Makes room for a record and inserts it as being written. `evicted` gets what had to go.
+    /// `None`: everything else is pinned, written or the parent of something that is.
+    pub(crate) fn insert(&mut self, new: NewRecord, evicted: &mut Vec<Record>) -> Option<RecordId> {
+        debug_assert!(self.find(&new.key).is_none());
+        // The parent must outlive the search for room.
+        self.add_child(new.parent.as_ref());
+        let extent = loop {
+            if let Some(extent) = self.pool.allocate(new.bytes) {
+                break extent;
+            }
+            match self.evict_oldest() {
+                Some(record) => evicted.push(record),
+                None => {
+                    self.remove_child(new.parent.as_ref());
+                    return None;
+                }
+            }
+        };
+        self.clock += 1;
+        let record = Record {
+            key: new.key,
+            index: new.index,
+            tenant: new.tenant,
+            format: new.format,
+            bytes: new.bytes,
+            checksum: 0,
+            state: State::Writing,
+            extent,
+            parent: new.parent,
+            pins: 0,
+            touch: self.clock,
+            queued: None,
+        };
+        self.used_bytes += record.bytes;
+        let id = match self.vacant.pop() {
+            Some(index) => {
+                self.arena[index as usize] = Some(record);
+                RecordId(index)
+            }
+            None => {
+                self.arena.push(Some(record));
+                RecordId(self.arena.len() as u32 - 1)
+            }
+        };
+        self.by_key.insert(new.key, id);
+        Some(id)
+    }
+
+    fn evict_oldest(&mut self) -> Option<Record> {
+        let (_, id) = *self.evictable.first()?;
+        self.remove(id)
+    }
+
+    /// Takes a record out whatever its state, and frees its bytes.
+    fn remove(&mut self, id: RecordId) -> Option<Record> {
+        let record = self.arena.get_mut(id.0 as usize)?.take()?;
+        if let Some(touch) = record.queued {
+            self.evictable.remove(&(touch, id));
+        }
+        if self.by_key.get(&record.key) == Some(&id) {
+            self.by_key.remove(&record.key);
+        }
+        self.vacant.push(id.0);
+        self.pool.free(record.extent);
+        self.used_bytes -= record.bytes;
+        self.remove_child(record.parent.as_ref());
+        Some(record)
+    }
+
+    /// A write that did not end well: as if it had never been.
+    pub(crate) fn abandon(&mut self, id: RecordId) {
+        debug_assert!(self.get(id).is_none_or(|record| record.state == State::Writing));
+        self.remove(id);
+    }
+
+    /// The bytes are there and proved.
+    pub(crate) fn publish(&mut self, id: RecordId, checksum: u64) -> Option<&Record> {
+        let record = self.arena.get_mut(id.0 as usize)?.as_mut()?;
+        record.checksum = checksum;
+        record.state = State::Published;
+        self.requeue(id);
+        self.get(id)
+    }
+
+    /// Takes a record out of the index at once; its bytes go with the last pin.
+    pub(crate) fn retire(&mut self, id: RecordId) -> Option<(Arc<str>, IndexKey)> {
+        let record = self.arena.get_mut(id.0 as usize)?.as_mut()?;
+        if record.state != State::Published {
+            return None;
+        }
+        record.state = State::Retired;
+        let (key, gone) = (record.key, (Arc::clone(&record.tenant), record.index));
+        self.by_key.remove(&key);
+        self.requeue(id);
+        self.drop_if_unused(id);
+        Some(gone)
+    }
+
+    pub(crate) fn touch(&mut self, id: RecordId) {
+        self.clock += 1;
+        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            record.touch = self.clock;
+        }
+        self.requeue(id);
+    }
+
+    pub(crate) fn pin(&mut self, id: RecordId) {
+        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            record.pins += 1;
+            if record.pins == 1 {
+                self.pinned_bytes += record.bytes;
+            }
+        }
+        self.requeue(id);
+    }
+
+    pub(crate) fn unpin(&mut self, id: RecordId) {
+        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            debug_assert!(record.pins > 0, "unpin without pin");
+            record.pins -= 1;
+            if record.pins == 0 {
+                self.pinned_bytes -= record.bytes;
+            }
+        }
+        self.requeue(id);
+        self.drop_if_unused(id);
+    }
+
+    fn drop_if_unused(&mut self, id: RecordId) {
+        if self.get(id).is_some_and(|record| record.state == State::Retired && record.pins == 0) {
+            self.remove(id);
+        }
+    }
+
+    fn add_child(&mut self, parent: Option<&BlockKey>) {
+        let Some(parent) = parent else { return };
+        *self.children.entry(*parent).or_insert(0) += 1;
+        if let Some(id) = self.find(parent) {
+            self.requeue(id);
+        }
+    }
+
+    fn remove_child(&mut self, parent: Option<&BlockKey>) {
+        let Some(parent) = parent else { return };
+        if let Some(count) = self.children.get_mut(parent) {
+            *count -= 1;
+            if *count == 0 {
+                self.children.remove(parent);
+                if let Some(id) = self.find(parent) {
+                    self.requeue(id);
+                }
+            }
+        }
+    }
+
+    /// Brings a record's place among the evictable ones up to date.
+    fn requeue(&mut self, id: RecordId) {
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        let may_go = record.state == State::Published
+            && record.pins == 0
+            && !self.children.contains_key(&record.key);
+        let place = may_go.then_some(record.touch);
+        if place == record.queued {
+            return;
+        }
+        if let Some(touch) = record.queued {
+            self.evictable.remove(&(touch, id));
+        }
+        if let Some(touch) = place {
+            self.evictable.insert((touch, id));
+        }
+        record.queued = place;
+    }
+
+    /// Checks what must always hold; for tests.
+    #[cfg(test)]
+    pub(crate) fn check(&self) {
+        let mut used = 0;
+        let mut pinned = 0;
+        let mut children: HashMap<BlockKey, u32> = HashMap::new();
+        for (index, record) in self.arena.iter().enumerate() {
+            let Some(record) = record else { continue };
+            let id = RecordId(index as u32);
+            used += record.bytes;
+            pinned += if record.pins > 0 { record.bytes } else { 0 };
+            if let Some(parent) = record.parent {
+                *children.entry(parent).or_default() += 1;
+            }
+            assert_eq!(self.by_key.get(&record.key) == Some(&id), record.state != State::Retired);
+            let may_go = record.state == State::Published
+                && record.pins == 0
+                && !self.children.contains_key(&record.key);
+            assert_eq!(record.queued.is_some(), may_go, "{record:?}");
+        }
+        assert_eq!((used, pinned), (self.used_bytes, self.pinned_bytes));
+        assert_eq!(children.len(), self.children.len());
+        assert!(children.iter().all(|(key, count)| self.children.get(key) == Some(count)));
+        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued.is_some()).count());
+    }
+}
