@@ -1,0 +1,79 @@
+//! The layout canary: bytes that name their place.
+//!
+//! The engine's shim writes them into one scratch block with the engine's own indexing; the sidecar
+//! reads that block by its layout. Any difference of opinion shows up as a wrong byte at a known
+//! coordinate, and the registration is refused.
+//!
+//! Word `i` of a record in `[L, H, N, C]` order, little endian, is `splitmix64(seed + i)`.
+
+use crate::shape::LogicalShape;
+
+/// What the canary says about a block that was read.
+#[non_exhaustive]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum CanaryMismatch {
+    /// The bytes are not those of one block of this shape.
+    #[error("layout canary: expected a block of {expected} bytes, got {got}; read block 0 by its plan")]
+    Length {
+        /// Bytes of a block of the shape; 0 if it has none.
+        expected: u64,
+        /// Bytes that came.
+        got: u64,
+    },
+    /// A byte is not where the layout says.
+    #[error(
+        "layout canary: expected {expected:#04x} in layer {layer}, head {head}, state {state}, byte {byte}, \
+         got {got:#04x}; the engine stores this cache in another way than it says, run it without pillion \
+         and report its version"
+    )]
+    Byte {
+        /// Layer, in registration order.
+        layer: u32,
+        /// Head slot.
+        head: u32,
+        /// State.
+        state: u32,
+        /// Byte of the content.
+        byte: u32,
+        /// What the canary has there.
+        expected: u8,
+        /// What was read.
+        got: u8,
+    },
+}
+
+fn word(seed: u64, index: u64) -> u64 {
+    let mut z = seed.wrapping_add(index).wrapping_add(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// Byte `index` of the canary, in record order.
+pub fn canary_byte(seed: u64, index: u64) -> u8 {
+    word(seed, index / 8).to_le_bytes()[(index % 8) as usize]
+}
+
+/// Fills `out` with the canary from its start, in record order.
+pub fn canary_fill(seed: u64, out: &mut [u8]) {
+    for (index, chunk) in out.chunks_mut(8).enumerate() {
+        chunk.copy_from_slice(&word(seed, index as u64).to_le_bytes()[..chunk.len()]);
+    }
+}
+
+/// Compares a block that was read into record order with the canary.
+pub fn canary_check(seed: u64, shape: LogicalShape, record: &[u8]) -> Result<(), CanaryMismatch> {
+    let (expected, got) = (shape.block_bytes().unwrap_or(0), record.len() as u64);
+    if expected == 0 || expected != got {
+        return Err(CanaryMismatch::Length { expected, got });
+    }
+    for (index, chunk) in (0u64..).zip(record.chunks(8)) {
+        let bytes = word(seed, index).to_le_bytes();
+        if let Some(at) = chunk.iter().zip(bytes).position(|(got, expected)| *got != expected) {
+            let (layer, head, state, byte) = shape.locate(index * 8 + at as u64);
+            let (expected, got) = (bytes[at], chunk[at]);
+            return Err(CanaryMismatch::Byte { layer, head, state, byte, expected, got });
+        }
+    }
+    Ok(())
+}

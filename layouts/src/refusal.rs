@@ -1,0 +1,240 @@
+//! Why a description was refused.
+
+use crate::shape::Order;
+
+/// Why a layout is not served (invariant I10: say no early).
+///
+/// A refused engine runs on without a cache, so every message is written for the
+/// person who wonders why: what was expected, what came, what to do.
+#[non_exhaustive]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The name of the physical order is not one of the six.
+    #[error(
+        "kv cache order: expected one of LBNHC, LBHNC, LHBNC, BLHNC, BLNHC, BHLNC, got `{got}`; \
+         choose one of these with VLLM_KV_CACHE_LAYOUT, or use a pillion that knows this order"
+    )]
+    UnknownOrder {
+        /// What came, shortened.
+        got: String,
+    },
+    /// The group's kind is not one that this version can store.
+    #[error(
+        "kv cache kind: expected `FullAttentionSpec`, got `{got}`; \
+         this pillion serves plain full attention only, run this model without it"
+    )]
+    UnsupportedKind {
+        /// What came, shortened.
+        got: String,
+    },
+    /// The dtype is not known, or is a storage type that hides the format.
+    #[error(
+        "kv cache dtype: expected one of float32, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2, got `{got}`; \
+         report the cache dtype by name, not the type it is stored in, or choose one with --kv-cache-dtype"
+    )]
+    UnknownDtype {
+        /// What came, shortened.
+        got: String,
+    },
+    /// A size or count that must be positive is zero.
+    #[error("{what}: expected at least 1, got 0; the engine's kv cache description is incomplete")]
+    Zero {
+        /// Which field.
+        what: &'static str,
+    },
+    /// Arithmetic on the description leaves 64 bits.
+    #[error(
+        "{what}: expected a value below 2^64, the described sizes overflow it; \
+         the engine's kv cache description is damaged"
+    )]
+    Overflow {
+        /// Which product or sum.
+        what: &'static str,
+    },
+    /// A page holds another number of states than the block has tokens.
+    #[error(
+        "states in a page: expected one per token ({block_tokens}), got {states}; compressed states and \
+         kernel blocks smaller than --block-size are not served, set --block-size to the kernel's size"
+    )]
+    StatesPerBlock {
+        /// N of the page.
+        states: u32,
+        /// Tokens of a block.
+        block_tokens: u32,
+    },
+    /// The content of a state is not a whole number of elements.
+    #[error(
+        "content of one state: expected a multiple of the {element_bytes} bytes of {dtype}, got {content_bytes} \
+         bytes; report C in bytes and the dtype the cache is stored in"
+    )]
+    ElementSize {
+        /// C in bytes.
+        content_bytes: u32,
+        /// Bytes of an element.
+        element_bytes: u32,
+        /// Name of the dtype.
+        dtype: String,
+    },
+    /// A page is larger or smaller than H × N × C.
+    #[error(
+        "page size: expected heads × states × content = {expected} bytes, got {page_bytes}; \
+         padded pages are not served, run this model without pillion"
+    )]
+    PaddedPage {
+        /// What the engine says that a page takes.
+        page_bytes: u64,
+        /// H × N × C.
+        expected: u64,
+    },
+    /// A layer name occurs twice.
+    #[error(
+        "layer `{name}`: expected each layer once, got it again; the engine's registration is inconsistent"
+    )]
+    DuplicateLayer {
+        /// The name, shortened.
+        name: String,
+    },
+    /// A layer has no name, so its records could not be told apart.
+    #[error("layer {index}: expected a name, got an empty one; the engine's registration is incomplete")]
+    UnnamedLayer {
+        /// Index in registration order.
+        index: usize,
+    },
+    /// The tensors disagree about the allocation that they share.
+    #[error(
+        "tensor {tensor}, size: expected {expected} bytes as in tensor 0, got {got}; \
+         all kv cache tensors must lie in one allocation"
+    )]
+    Allocation {
+        /// Index of the tensor.
+        tensor: usize,
+        /// Size of the first tensor.
+        expected: u64,
+        /// Size of this one.
+        got: u64,
+    },
+    /// The allocation's size does not follow from the strides.
+    #[error(
+        "allocation of {order}: expected {expected} bytes for {num_blocks} blocks, got {got}; \
+         every byte must belong to a layer that is named, hand over all layers of the group"
+    )]
+    AllocationSize {
+        /// The declared order.
+        order: Order,
+        /// The number of blocks declared.
+        num_blocks: u64,
+        /// What follows from the strides.
+        expected: u64,
+        /// What was declared.
+        got: u64,
+    },
+    /// A declared stride or offset does not follow from the declared order.
+    #[error(
+        "tensor {tensor}, {what} of {order}: expected {expected} bytes, got {got}; this pillion does not know \
+         this form of the layout, report it with the engine's version"
+    )]
+    Stride {
+        /// Index of the tensor.
+        tensor: usize,
+        /// Which number.
+        what: &'static str,
+        /// The declared order.
+        order: Order,
+        /// What the order asks for.
+        expected: u64,
+        /// What was declared.
+        got: u64,
+    },
+    /// Blocks lie closer together than they are long.
+    #[error(
+        "tensor {tensor}, block stride of {order}: expected at least {least} bytes, got {got}; \
+         blocks would overlap, report it with the engine's version"
+    )]
+    BlockStride {
+        /// Index of the tensor.
+        tensor: usize,
+        /// The declared order.
+        order: Order,
+        /// Bytes that one block takes at least.
+        least: u64,
+        /// What was declared.
+        got: u64,
+    },
+    /// Between blocks there is room for a layer that nobody named.
+    #[error(
+        "unused bytes in a block of {order}: expected fewer than a page ({page_bytes}), got {unclaimed}; \
+         a layer that was not registered may lie there, hand over all layers of the group"
+    )]
+    UnclaimedPage {
+        /// The declared order.
+        order: Order,
+        /// Bytes of a page.
+        page_bytes: u64,
+        /// Bytes of a block that belong to no layer.
+        unclaimed: u64,
+    },
+    /// A block reaches beyond the memory that was handed over.
+    #[error(
+        "region {region}: expected to end within the {memory_bytes} bytes of engine memory, it ends at {end}; \
+         hand over the whole allocation"
+    )]
+    OutsideMemory {
+        /// Index of the region.
+        region: usize,
+        /// One past its last byte.
+        end: u64,
+        /// Bytes of the allocation.
+        memory_bytes: u64,
+    },
+    /// Two parts of the layout share bytes.
+    #[error(
+        "regions {first} and {second}: expected disjoint bytes, they overlap; \
+         caches whose groups alias one pool are not served"
+    )]
+    Overlap {
+        /// Index of one region.
+        first: usize,
+        /// Index of the other; the same index if a region overlaps itself.
+        second: usize,
+    },
+    /// Layers are not covered by the regions exactly once.
+    #[error(
+        "layers: expected {expected} from the regions, got {got} names; each layer belongs to one region"
+    )]
+    LayerCount {
+        /// Layers that the regions hold.
+        expected: u64,
+        /// Names given.
+        got: u64,
+    },
+    /// Source and destination hold different things.
+    #[error("record format: expected `{expected}`, got `{got}`; records of one format do not fit another")]
+    Format {
+        /// Format of the engine's side.
+        expected: String,
+        /// Format of the other.
+        got: String,
+    },
+    /// Regions move from block to block at different strides.
+    #[error(
+        "region {region}, block stride: expected {expected} bytes as in region 0, got {got}; \
+         this version plans one group whose tensors step alike"
+    )]
+    MixedBlockStrides {
+        /// Index of the region.
+        region: usize,
+        /// Stride of the first region.
+        expected: u64,
+        /// Stride of this one.
+        got: u64,
+    },
+}
+
+/// Text from outside, made safe for one line of a log: escaped and at most 64 characters.
+pub(crate) fn shown(text: &str) -> String {
+    let mut out: String = text.chars().take(64).flat_map(char::escape_debug).collect();
+    if text.chars().nth(64).is_some() {
+        out.push('…');
+    }
+    out
+}
