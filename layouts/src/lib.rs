@@ -47,6 +47,8 @@ mod layout;
 mod plan;
 mod refusal;
 mod shape;
+#[cfg(test)]
+mod simulation;
 pub mod vllm;
 
 pub use canary::{CanaryMismatch, canary_byte, canary_check, canary_fill};
