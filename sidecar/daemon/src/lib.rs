@@ -5,3 +5,6 @@
 //! not made here but in `pillion-core`.
 
 pub mod config;
+pub mod machine;
+pub mod places;
+pub mod secret;
