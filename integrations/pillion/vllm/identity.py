@@ -1,0 +1,248 @@
+"""The namespace: everything besides the block hashes that must agree before KV bytes may be reused.
+
+Both halves of the shim build the same fields, on every start, from files and configuration alone. Other
+weights under the same path give another namespace as far as the samples can tell: each tensor is sampled in
+at least two places, small tensors and small files are read whole. Weights that differ only between the
+samples are not told apart; `model_id` in the shim's configuration replaces the fingerprint.
+
+Adapters (LoRA) are not in here: their requests are neither saved nor loaded (see the scheduler half).
+"""
+
+import glob
+import hashlib
+import json
+import os
+import struct
+from typing import Any, Protocol
+
+from pillion.vllm.config import Settings
+
+FORMAT = "1"  # of this set of fields and of the fingerprint
+_SAMPLES_TOTAL = 20_000
+_SAMPLE_BYTES = 64
+_WHOLE_TENSOR_BYTES = 4096
+_WHOLE_FILE_BYTES = 16 << 20
+_HEADER_BYTES_MAX = 256 << 20
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.npz", "*.tensors")
+_CONFIGS = ("config.json", "params.json", "hf_quant_config.json", "quantize_config.json", "*.py")
+# These kinds of RoPE compute the same angles whatever the engine's context length is.
+_ROPE_OF_FIXED_LENGTH = ("default", "linear", "llama3", "yarn", "mrope")
+
+
+class _Hash(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+
+
+class UnknownModel(Exception):
+    """The weights cannot be found or read, so that the model has no fingerprint."""
+
+
+def namespace_fields(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> dict[str, str]:
+    """The namespace's readable form.
+
+    Raises `UnknownModel` where no `model_id` is given and no weights are found.
+    """
+    from pillion.vllm.support import vllm_version
+
+    group = kv_cache_config.kv_cache_groups[0]
+    spec = group.kv_cache_spec
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    major, minor = vllm_version() or (0, 0)
+    kind = type(spec).__name__
+    names = sorted(group.layer_names)
+    return {
+        "format": FORMAT,
+        "engine": f"vllm-{major}.{minor}",
+        "model": f"id:{settings.model_id}" if settings.model_id else "sha256:" + fingerprint(vllm_config),
+        "model_dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "cache_dtype": f"{cache.cache_dtype}/{spec.dtype}",
+        "page": f"H{spec.num_heads} N{spec.num_states} C{spec.state_content_size_bytes} "
+        f"quant={getattr(spec, 'kv_quant_mode', None)}",
+        "backend": backend(vllm_config, spec),
+        "block_tokens": str(spec.block_size),
+        "group": f"{kind} window={getattr(spec, 'sliding_window', None)} "
+        f"chunk={getattr(spec, 'attention_chunk_size', None)} layers={len(names)} "
+        f"sha256:{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:32]}",
+        "hash_algorithm": str(cache.prefix_caching_hash_algo),
+        "hash_seed": hash_seed(str(cache.prefix_caching_hash_algo)),
+        "drafter": "none",
+        "shard": "1/1",
+    }
+
+
+def backend(vllm_config: Any, spec: Any) -> str:
+    """The attention backend whose byte format the pages have, with the instruction set of its packing."""
+    import torch
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    isa = _get_attn_isa(
+        vllm_config.model_config.dtype, spec.block_size, spec.head_size, vllm_config.cache_config.cache_dtype
+    )
+    avx512 = bool(torch.cpu._is_avx512_supported())
+    return f"CPU_ATTN/{isa}{'+avx512' if avx512 else ''}"
+
+
+def hash_seed(algorithm: str) -> str:
+    """A digest of the seed that vLLM's first block hash derives from (`PYTHONHASHSEED` changes it)."""
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import resolve_none_hash_seed
+
+    seed = resolve_none_hash_seed(get_hash_fn_by_name(algorithm))
+    return "sha256:" + hashlib.sha256(str(seed).encode()).hexdigest()[:32]
+
+
+def fingerprint(vllm_config: Any) -> str:
+    """Hex SHA-256 over the model's configuration and samples of its weights."""
+    model = vllm_config.model_config
+    root = weights_path(vllm_config)
+    digest = hashlib.sha256()
+    _add(digest, "format", FORMAT.encode())
+    for key, value in _options(vllm_config).items():
+        _add(digest, f"option {key}", value.encode())
+    if os.path.isfile(root):
+        files, configs = [root], []
+    else:
+        files, configs = _weight_files(root), _matching(root, _CONFIGS)
+    if not files:
+        raise UnknownModel(f"no weight files in {root}: set model_id in kv_connector_extra_config")
+    if getattr(model, "hf_config_path", None) and os.path.isdir(model.hf_config_path):
+        configs = [*configs, *_matching(model.hf_config_path, _CONFIGS)]
+    try:
+        for path in configs:
+            with open(path, "rb") as file:
+                _add(digest, f"config {os.path.basename(path)}", file.read())
+        tensors = sum(len(_header(path)[0]) for path in files if path.endswith(".safetensors"))
+        samples = min(64, max(2, _SAMPLES_TOTAL // max(1, tensors)))
+        for path in files:
+            _add_weights(digest, path, samples)
+    except (OSError, ValueError, struct.error) as error:
+        raise UnknownModel(f"{root}: {error}: set model_id in kv_connector_extra_config") from error
+    return digest.hexdigest()
+
+
+def _options(vllm_config: Any) -> dict[str, str]:
+    """What changes the KV of the same files: overrides, load format, lengths where RoPE depends on them."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    overrides = getattr(model, "hf_overrides", None) or {}
+    if callable(overrides):
+        overrides = {"callable": f"{overrides.__module__}.{overrides.__qualname__}"}
+    options = {
+        "dtype": str(model.dtype),
+        "quantization": str(model.quantization),
+        "load_format": str(getattr(load, "load_format", "auto")),
+        "hf_overrides": json.dumps(overrides, sort_keys=True, default=str),
+    }
+    if not _rope_is_fixed(getattr(model, "hf_text_config", None) or getattr(model, "hf_config", None)):
+        options["max_model_len"] = str(model.max_model_len)
+    return options
+
+
+def _rope_is_fixed(hf_config: Any) -> bool:
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = getattr(hf_config, name, None)
+        if isinstance(rope, dict):
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind not in _ROPE_OF_FIXED_LENGTH:
+                return False
+    return True
+
+
+def weights_path(vllm_config: Any) -> str:
+    """The directory (or single file) that holds the weights on this machine."""
+    model = vllm_config.model_config
+    for path in (getattr(model, "model_weights", "") or "", model.model):
+        if path and os.path.exists(path):
+            return os.path.realpath(path)
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(
+            snapshot_download(
+                model.model,
+                revision=model.revision,
+                cache_dir=getattr(vllm_config.load_config, "download_dir", None),
+                local_files_only=True,
+            )
+        )
+    except Exception as error:
+        raise UnknownModel(
+            f"the weights of {model.model!r} are not found on this machine ({type(error).__name__}): "
+            "set model_id in kv_connector_extra_config"
+        ) from error
+
+
+def _matching(root: str, patterns: tuple[str, ...]) -> list[str]:
+    return sorted(
+        path for pattern in patterns for path in glob.glob(os.path.join(glob.escape(root), pattern))
+    )
+
+
+def _weight_files(root: str) -> list[str]:
+    return _matching(root, ("*.safetensors",)) or _matching(root, _OTHER_WEIGHTS)
+
+
+def _add(digest: _Hash, name: str, data: bytes) -> None:
+    """Adds a named, length-prefixed field, so that no two sequences of fields look alike."""
+    label = name.encode()
+    digest.update(struct.pack("<QQ", len(label), len(data)))
+    digest.update(label)
+    digest.update(data)
+
+
+def _add_weights(digest: _Hash, path: str, samples: int) -> None:
+    size = os.path.getsize(path)
+    name = os.path.basename(path)
+    _add(digest, f"file {name}", str(size).encode())
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
+        if size <= _WHOLE_FILE_BYTES:
+            _add(digest, "whole", _read(fd, 0, size))
+        elif path.endswith(".safetensors"):
+            tensors, header, base = _header(path)
+            _add(digest, "header", header)
+            for begin, end in tensors:
+                _sample(digest, fd, (base + begin, base + end), samples, _SAMPLE_BYTES)
+        else:
+            _sample(digest, fd, (0, size), 256, 4096)
+
+
+def _sample(digest: _Hash, fd: int, span: tuple[int, int], samples: int, sample_bytes: int) -> None:
+    """Adds evenly spread samples of the bytes of `span`, first and last bytes included; a short range whole."""
+    begin, end = span
+    length = end - begin
+    if length <= max(_WHOLE_TENSOR_BYTES, samples * sample_bytes):
+        _add(digest, "bytes", _read(fd, begin, length))
+        return
+    step = (length - sample_bytes) // (samples - 1)
+    for index in range(samples):
+        last = index == samples - 1
+        offset = length - sample_bytes if last else index * step
+        _add(digest, str(offset), _read(fd, begin + offset, sample_bytes))
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    parts = []
+    while length > 0:
+        part = os.pread(fd, length, offset)
+        if not part:
+            raise ValueError(f"expected {length} more bytes at offset {offset}: the file is cut short")
+        parts.append(part)
+        offset += len(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+def _header(path: str) -> tuple[list[tuple[int, int]], bytes, int]:
+    """Byte ranges of a safetensors file's tensors, its header, and where the data begins."""
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
+        (length,) = struct.unpack("<Q", _read(fd, 0, 8))
+        if length > _HEADER_BYTES_MAX:
+            raise ValueError(f"{os.path.basename(path)}: a header of {length} bytes is no safetensors header")
+        header = _read(fd, 8, length)
+    entries = json.loads(header)
+    ranges = [
+        tuple(entry["data_offsets"]) for name, entry in sorted(entries.items()) if name != "__metadata__"
+    ]
+    return [(int(begin), int(end)) for begin, end in ranges], header, 8 + length
