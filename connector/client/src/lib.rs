@@ -1,1 +1,20 @@
-//! connector/client
+#![doc = include_str!("../README.md")]
+#![forbid(unsafe_code)]
+
+mod launch;
+mod link;
+mod outbox;
+mod places;
+mod registration;
+mod scheduler;
+mod status;
+mod worker;
+
+pub use link::Options;
+pub use places::default_socket;
+pub use registration::{Memory, Registration, RegistrationError, Tensor};
+pub use scheduler::{Grant, SchedulerClient};
+pub use status::fetch_status;
+pub use worker::{JobEvent, LoadJob, SaveJob, WorkerClient};
+
+pub use pillion_shm::ring::Outcome;

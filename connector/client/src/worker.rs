@@ -1,0 +1,521 @@
+//! A worker's half: registration, save and load jobs, completions.
+//!
+//! # How a job ends
+//!
+//! | what happens | load | save |
+//! |---|---|---|
+//! | the sidecar completes it | its outcome, quiesced | its outcome, quiesced |
+//! | its deadline passes | failed; quiesced when the sidecar says so or is gone | revoked if the word can be won: cancelled and quiesced; else it was published: done |
+//! | the connection ends in order | failed, quiesced | as at the deadline |
+//! | the connection ends otherwise | failed; quiesced when the process has ended | as at the deadline |
+//! | there is no connection | failed, quiesced | cancelled, quiesced |
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use pillion_protocol::{Message, wire};
+use pillion_shm::{
+    pidfd::Process,
+    ring::{Completion, Outcome, RingReader},
+    words::JobWords,
+};
+
+use crate::{
+    link::{Attached, Half, Health, Link, Options},
+    outbox::Outbox,
+    registration::{Registration, RegistrationError},
+};
+
+/// For how long after its registration block 0 is taken to hold the canary.
+const CANARY_FRESH: Duration = Duration::from_secs(10);
+
+/// What became of a job. See the module's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct JobEvent {
+    /// Which.
+    pub job: [u8; 16],
+    /// [`Outcome::None`] if it was reported before.
+    pub outcome: Outcome,
+    /// Nothing touches its blocks any more.
+    pub quiesced: bool,
+    /// Blocks loaded or newly stored.
+    pub blocks: u32,
+}
+
+/// A load of leased blocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadJob {
+    /// Minted by the scheduler's shim.
+    pub job: [u8; 16],
+    /// Granted to the scheduler.
+    pub lease: [u8; 16],
+    /// Index in the lease of the first block.
+    pub first: u32,
+    /// The lease's namespace.
+    pub space: [u8; 16],
+    /// 32 bytes per block.
+    pub hashes: Vec<u8>,
+    /// The engine's blocks.
+    pub blocks: Vec<u32>,
+    /// When it is reported as failed at the latest.
+    pub deadline: Duration,
+}
+
+/// A save of full blocks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SaveJob {
+    /// Minted by the scheduler's shim.
+    pub job: [u8; 16],
+    /// The scheduler's namespace.
+    pub space: [u8; 16],
+    /// Hash of the block before the first one; empty at the start of a prompt.
+    pub parent: Vec<u8>,
+    /// 32 bytes per block.
+    pub hashes: Vec<u8>,
+    /// The engine's blocks.
+    pub blocks: Vec<u32>,
+    /// When its source blocks are free at the latest.
+    pub deadline: Duration,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum What {
+    Load,
+    Save { slot: u32, tag: u64 },
+}
+
+#[derive(Debug)]
+struct Job {
+    what: What,
+    deadline: Instant,
+    reported: bool,
+}
+
+/// The shared memory of one connection.
+#[derive(Debug)]
+struct Tables {
+    ring: RingReader,
+    words: Arc<JobWords>,
+    free: Vec<u32>,
+}
+
+/// Loads of a connection that broke: they quiesce with the process.
+#[derive(Debug)]
+struct Orphans {
+    process: Option<Process>,
+    jobs: Vec<[u8; 16]>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    registration: Option<Registration>,
+    registered_at: Option<Instant>,
+    submitted: bool,
+    request: u64,
+    ready: bool,
+    tables: Option<Tables>,
+    tag: u64,
+    jobs: HashMap<[u8; 16], Job>,
+    orphans: Vec<Orphans>,
+    events: VecDeque<JobEvent>,
+    next_deadline: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    loads: AtomicU64,
+    saves: AtomicU64,
+    not_taken: AtomicU64,
+    deadlines: AtomicU64,
+    revoked: AtomicU64,
+    lost: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    namespace: Vec<(String, String)>,
+    canary_checked: AtomicBool,
+    health: Arc<Health>,
+    counts: Counts,
+}
+
+/// See the crate's documentation.
+#[derive(Debug)]
+pub struct WorkerClient {
+    shared: Arc<Shared>,
+    link: Link,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl WorkerClient {
+    /// Starts the thread that attaches; returns at once.
+    ///
+    /// # Errors
+    /// Where the process has no file descriptors left.
+    pub fn new(options: Options) -> std::io::Result<Self> {
+        let outbox = Arc::new(Outbox::new()?);
+        let health = Arc::new(Health::default());
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            namespace: options.namespace.clone(),
+            canary_checked: AtomicBool::new(false),
+            health: Arc::clone(&health),
+            counts: Counts::default(),
+        });
+        let half: Arc<dyn Half> = Arc::clone(&shared) as _;
+        Ok(Self { shared, link: Link::start(options, half, outbox, health) })
+    }
+
+    /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary now.
+    ///
+    /// # Errors
+    /// Where the layout is not covered or the canary is not where it should be (I10).
+    pub fn register(&self, registration: Registration) -> Result<(), RegistrationError> {
+        registration.check()?;
+        let mut state = self.shared.state();
+        state.registration = Some(registration);
+        state.registered_at = Some(Instant::now());
+        if state.tables.is_some() {
+            if let Err(text) = self.shared.present(&mut state, &self.link.outbox) {
+                self.shared.health.say(text);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether jobs can be submitted.
+    pub fn ready(&self) -> bool {
+        self.link.health.alive.load(Ordering::Acquire) && self.shared.state().ready
+    }
+
+    /// "ready", or why not.
+    pub fn status(&self) -> String {
+        if self.ready() { "ready".into() } else { self.link.health.text() }
+    }
+
+    /// Whether a sidecar compared the canary through its own mapping.
+    pub fn canary_checked(&self) -> bool {
+        self.shared.canary_checked.load(Ordering::Acquire)
+    }
+
+    /// Submits a load. Its end comes by [`WorkerClient::poll`], whatever happens.
+    pub fn submit_load(&self, load: LoadJob) {
+        let LoadJob { job, lease, first, space, hashes, blocks, deadline } = load;
+        let alive = self.link.health.alive.load(Ordering::Acquire);
+        let mut state = self.shared.state();
+        state.submitted = true;
+        self.shared.counts.loads.fetch_add(1, Ordering::Relaxed);
+        let message = Message::Load(wire::Load {
+            job: job.to_vec(),
+            lease: lease.to_vec(),
+            first,
+            space: space.to_vec(),
+            hashes,
+            blocks,
+            deadline_ms: millis(deadline),
+        });
+        // Under the lock: a completion cannot be looked for before the job is known.
+        if !(alive && state.ready) || self.link.outbox.send(&message).is_err() {
+            self.shared.counts.not_taken.fetch_add(1, Ordering::Relaxed);
+            return state.emit(job, Outcome::Failed, true, 0);
+        }
+        state.begin(job, What::Load, deadline);
+    }
+
+    /// Submits a save. Its end comes by [`WorkerClient::poll`], whatever happens.
+    pub fn submit_save(&self, save: SaveJob) {
+        let SaveJob { job, space, parent, hashes, blocks, deadline } = save;
+        let alive = self.link.health.alive.load(Ordering::Acquire);
+        let mut state = self.shared.state();
+        state.submitted = true;
+        self.shared.counts.saves.fetch_add(1, Ordering::Relaxed);
+        let slot = state.tables.as_mut().filter(|_| alive).and_then(|tables| tables.free.pop());
+        let Some(slot) = slot.filter(|_| state.ready) else {
+            self.shared.counts.not_taken.fetch_add(1, Ordering::Relaxed);
+            state.give_back(slot);
+            return state.emit(job, Outcome::Cancelled, true, 0);
+        };
+        state.tag += 1;
+        let tag = state.tag;
+        if let Some(tables) = &state.tables {
+            tables.words.hold(slot, tag);
+        }
+        let message = Message::Save(wire::Save {
+            job: job.to_vec(),
+            space: space.to_vec(),
+            parent,
+            hashes,
+            blocks,
+            word: slot,
+            tag,
+            deadline_ms: millis(deadline),
+        });
+        if self.link.outbox.send(&message).is_err() {
+            self.shared.counts.not_taken.fetch_add(1, Ordering::Relaxed);
+            // Part of the frame may be on its way: the word keeps it from being published.
+            if let Some(tables) = &state.tables {
+                tables.words.revoke(slot, tag);
+            }
+            return state.emit(job, Outcome::Cancelled, true, 0);
+        }
+        state.begin(job, What::Save { slot, tag }, deadline);
+    }
+
+    /// What has happened to jobs since the last call.
+    pub fn poll(&self) -> Vec<JobEvent> {
+        let mut state = self.shared.state();
+        state.drain_ring();
+        if state.next_deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            self.shared.expire(&mut state, &self.link.outbox);
+        }
+        state.events.drain(..).collect()
+    }
+
+    /// Jobs whose blocks something may still touch.
+    pub fn unquiesced(&self) -> usize {
+        let state = self.shared.state();
+        state.jobs.len() + state.orphans.iter().map(|orphans| orphans.jobs.len()).sum::<usize>()
+    }
+
+    /// What has happened, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        let (health, counts) = (&self.link.health, &self.shared.counts);
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        vec![
+            ("attaches", load(&health.attaches)),
+            ("losses", load(&health.losses)),
+            ("launches", load(&health.launches)),
+            ("kills", load(&health.kills)),
+            ("loads", load(&counts.loads)),
+            ("saves", load(&counts.saves)),
+            ("not_taken", load(&counts.not_taken)),
+            ("deadlines", load(&counts.deadlines)),
+            ("revoked", load(&counts.revoked)),
+            ("lost", load(&counts.lost)),
+            ("unquiesced", self.unquiesced() as u64),
+        ]
+    }
+
+    /// Ends the thread and the connection.
+    pub fn close(&self) {
+        self.link.close();
+    }
+}
+
+impl Drop for WorkerClient {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}
+
+impl State {
+    fn emit(&mut self, job: [u8; 16], outcome: Outcome, quiesced: bool, blocks: u32) {
+        self.events.push_back(JobEvent { job, outcome, quiesced, blocks });
+    }
+
+    fn begin(&mut self, job: [u8; 16], what: What, deadline: Duration) {
+        let deadline = Instant::now() + deadline;
+        self.next_deadline = Some(self.next_deadline.map_or(deadline, |next| next.min(deadline)));
+        self.jobs.insert(job, Job { what, deadline, reported: false });
+    }
+
+    fn give_back(&mut self, slot: Option<u32>) {
+        if let (Some(slot), Some(tables)) = (slot, &mut self.tables) {
+            tables.free.push(slot);
+        }
+    }
+
+    fn drain_ring(&mut self) {
+        while let Some(completion) = self.tables.as_mut().and_then(|tables| tables.ring.pop()) {
+            self.complete(completion);
+        }
+    }
+
+    fn complete(&mut self, completion: Completion) {
+        let Completion { job, outcome, quiesced, blocks } = completion;
+        let Some(running) = self.jobs.get_mut(&job) else { return };
+        let outcome = if running.reported { Outcome::None } else { outcome };
+        running.reported |= outcome != Outcome::None;
+        if quiesced {
+            let what = running.what;
+            self.jobs.remove(&job);
+            if let What::Save { slot, .. } = what {
+                self.give_back(Some(slot));
+            }
+        }
+        if outcome != Outcome::None || quiesced {
+            self.emit(job, outcome, quiesced, blocks);
+        }
+    }
+
+    /// Ends a save from our side (I4): whoever wins the word decides, and either way nothing reads
+    /// the source blocks for a record that could still be published.
+    fn end_save(&mut self, job: [u8; 16], slot: u32, tag: u64) -> bool {
+        let revoked = self.tables.as_ref().is_some_and(|tables| tables.words.revoke(slot, tag));
+        let reported = self.jobs.remove(&job).is_some_and(|running| running.reported);
+        self.give_back(Some(slot));
+        let outcome = match (reported, revoked) {
+            (true, _) => Outcome::None,
+            (false, true) => Outcome::Cancelled,
+            (false, false) => Outcome::Done,
+        };
+        self.emit(job, outcome, true, 0);
+        revoked
+    }
+}
+
+impl Shared {
+    fn present(&self, state: &mut State, outbox: &Outbox) -> Result<(), String> {
+        state.request += 1;
+        let request = state.request;
+        let fresh = !state.submitted && state.registered_at.is_some_and(|at| at.elapsed() < CANARY_FRESH);
+        let Some(registration) = &state.registration else { return Ok(()) };
+        let fds = registration.fds().map_err(|error| error.to_string())?;
+        let message = Message::Register(registration.message(request, &self.namespace, fresh));
+        outbox.send_with_fds(&message, &fds).map_err(|_| "the registration could not be sent".to_owned())
+    }
+
+    fn expire(&self, state: &mut State, outbox: &Outbox) {
+        let now = Instant::now();
+        let late: Vec<_> = state
+            .jobs
+            .iter()
+            .filter(|(_, job)| job.deadline <= now && !job.reported)
+            .map(|(id, job)| (*id, job.what))
+            .collect();
+        for (job, what) in late {
+            self.counts.deadlines.fetch_add(1, Ordering::Relaxed);
+            let _ = outbox.send(&Message::Cancel(wire::Cancel { job: job.to_vec() }));
+            match what {
+                What::Load => {
+                    if let Some(running) = state.jobs.get_mut(&job) {
+                        running.reported = true;
+                    }
+                    state.emit(job, Outcome::Failed, false, 0);
+                }
+                What::Save { slot, tag } => {
+                    if state.end_save(job, slot, tag) {
+                        self.counts.revoked.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            }
+        }
+        state.next_deadline = state.jobs.values().filter(|job| !job.reported).map(|job| job.deadline).min();
+    }
+}
+
+impl Half for Shared {
+    fn role(&self) -> wire::Role {
+        wire::Role::Worker
+    }
+
+    fn attached(&self, mut attached: Attached, outbox: &Outbox) -> Result<(), String> {
+        let welcome = &attached.welcome;
+        let mut next = |what: &str| {
+            attached.fds.pop_front().ok_or_else(|| format!("expected the {what}'s file descriptor, got none"))
+        };
+        drop(next("presence table")?);
+        let (ring, words) = (next("completion ring")?, next("job words")?);
+        let words = JobWords::open(words, welcome.word_slots).map_err(|error| error.to_string())?;
+        let words = Arc::new(words);
+        let ring = RingReader::open(ring, welcome.ring_slots, Arc::clone(&words));
+        let ring = ring.map_err(|error| error.to_string())?;
+        // Where Yama restricts process_vm, the engine must name the sidecar. Elsewhere this fails, harmlessly.
+        if let Some(pid) = rustix::process::Pid::from_raw(attached.peer.pid) {
+            let _ = rustix::process::set_ptracer(rustix::process::PTracer::ProcessID(pid));
+        }
+        let mut state = self.state();
+        let free = (0..words.slots()).rev().collect();
+        state.tables = Some(Tables { ring, words, free });
+        self.present(&mut state, outbox)
+    }
+
+    fn message(&self, message: Message) {
+        let mut state = self.state();
+        match message {
+            Message::Registered(registered) if registered.request == state.request => {
+                state.ready = true;
+                self.canary_checked.store(true, Ordering::Release);
+            }
+            Message::Refused(refused) => {
+                state.ready &= refused.request != state.request;
+                drop(state);
+                self.health.say(format!("refused: {}", refused.text));
+            }
+            _ => {}
+        }
+    }
+
+    fn lost(&self, ended: bool, process: Option<Process>) {
+        let mut state = self.state();
+        // What the sidecar completed before it went still counts.
+        state.drain_ring();
+        state.ready = false;
+        let gone = ended || process.as_ref().is_none_or(Process::has_ended);
+        let mut orphans = Vec::new();
+        let jobs: Vec<_> = state.jobs.iter().map(|(id, job)| (*id, job.what)).collect();
+        self.counts.lost.fetch_add(jobs.len() as u64, Ordering::Relaxed);
+        for (job, what) in jobs {
+            match what {
+                What::Save { slot, tag } => {
+                    state.end_save(job, slot, tag);
+                }
+                What::Load => {
+                    let reported = state.jobs.remove(&job).is_some_and(|running| running.reported);
+                    let outcome = if reported { Outcome::None } else { Outcome::Failed };
+                    if !reported || gone {
+                        state.emit(job, outcome, gone, 0);
+                    }
+                    if !gone {
+                        orphans.push(job);
+                    }
+                }
+            }
+        }
+        if !orphans.is_empty() {
+            state.orphans.push(Orphans { process, jobs: orphans });
+        }
+        state.tables = None;
+        state.next_deadline = None;
+    }
+
+    fn beat(&self, _outbox: &Outbox) {
+        let mut state = self.state();
+        if state.orphans.is_empty() {
+            return;
+        }
+        let all = std::mem::take(&mut state.orphans);
+        for orphans in all {
+            if orphans.process.as_ref().is_none_or(Process::has_ended) {
+                for job in orphans.jobs {
+                    state.emit(job, Outcome::None, true, 0);
+                }
+            } else {
+                state.orphans.push(orphans);
+            }
+        }
+    }
+
+    fn has_overdue_holds(&self) -> bool {
+        let now = Instant::now();
+        let state = self.state();
+        !state.orphans.is_empty()
+            || state.jobs.values().any(|job| job.what == What::Load && job.deadline <= now)
+    }
+}
