@@ -6,5 +6,6 @@
 
 pub mod config;
 pub mod machine;
+pub mod metrics;
 pub mod places;
 pub mod secret;

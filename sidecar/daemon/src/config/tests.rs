@@ -326,5 +326,5 @@ fn the_documented_table_is_the_table() {
     let page = repository_root().join("docs/CONFIGURATION.md");
     let text = fs::read_to_string(&page).unwrap();
     let table = super::docs::markdown_table();
-    assert!(text.contains(&table), "put this table into {}:\n\n{table}", page.display());
+    assert!(text.contains(&format!("\n\n{table}\n")), "put this table into {}:\n\n{table}", page.display());
 }
