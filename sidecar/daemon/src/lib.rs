@@ -4,8 +4,12 @@
 //! doctor, metrics, HTTP) beside the parts that serve engines. Decisions are
 //! not made here but in `pillion-core`.
 
+pub mod cli;
 pub mod config;
+pub mod http;
+pub mod logging;
 pub mod machine;
 pub mod metrics;
 pub mod places;
 pub mod secret;
+pub mod status;
