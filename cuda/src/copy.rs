@@ -36,7 +36,9 @@ pub enum CopyError {
         found: u64,
     },
     /// The block id or the record's length do not belong to this engine.
-    #[error("expected a block below {blocks} and a record of {record_bytes} bytes, got block {block} and {length} bytes")]
+    #[error(
+        "expected a block below {blocks} and a record of {record_bytes} bytes, got block {block} and {length} bytes"
+    )]
     Shape {
         /// Blocks of the engine.
         blocks: u64,

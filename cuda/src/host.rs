@@ -15,9 +15,8 @@ const PIECES_MAX: usize = 1000;
 
 fn check(bytes: u64, segments: &[Segment], record: usize) -> Result<(), CopyError> {
     for segment in segments {
-        let inside = |offset: u64, bytes: u64| {
-            offset.checked_add(segment.len).is_some_and(|end| end <= bytes)
-        };
+        let inside =
+            |offset: u64, bytes: u64| offset.checked_add(segment.len).is_some_and(|end| end <= bytes);
         if !inside(segment.engine, bytes) || !inside(segment.record, record as u64) {
             let (offset, length) = (segment.engine, segment.len);
             return Err(CopyError::OutOfBounds { bytes, offset, length });
@@ -114,16 +113,22 @@ impl ProcessMemory {
                 // The offsets were checked against the record's length by the caller.
                 .map(|segment| iovec(record.wrapping_add(segment.record as usize), segment.len))
                 .collect();
-            let remote: Vec<libc::iovec> =
-                part.iter().map(|segment| iovec((self.base + segment.engine) as *mut u8, segment.len)).collect();
+            let remote: Vec<libc::iovec> = part
+                .iter()
+                .map(|segment| iovec((self.base + segment.engine) as *mut u8, segment.len))
+                .collect();
             let wanted: u64 = part.iter().map(|segment| segment.len).sum();
             let (pid, count) = (self.peer.pid, part.len() as libc::c_ulong);
             // SAFETY: the local pieces lie inside the record that the caller borrowed; the remote ones are
             // checked by the kernel.
             let moved = unsafe {
                 match call {
-                    Call::Read => libc::process_vm_readv(pid, local.as_ptr(), count, remote.as_ptr(), count, 0),
-                    Call::Write => libc::process_vm_writev(pid, local.as_ptr(), count, remote.as_ptr(), count, 0),
+                    Call::Read => {
+                        libc::process_vm_readv(pid, local.as_ptr(), count, remote.as_ptr(), count, 0)
+                    }
+                    Call::Write => {
+                        libc::process_vm_writev(pid, local.as_ptr(), count, remote.as_ptr(), count, 0)
+                    }
                 }
             };
             if moved < 0 {

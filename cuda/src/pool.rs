@@ -45,7 +45,9 @@ impl HostPool {
     pub unsafe fn record_mut(&self, offset: u64, bytes: u64) -> Option<&mut [u8]> {
         self.check(offset, bytes)?;
         // SAFETY: as in `record`; the caller owns the extent alone.
-        Some(unsafe { std::slice::from_raw_parts_mut(self.map.as_ptr().add(offset as usize), bytes as usize) })
+        Some(unsafe {
+            std::slice::from_raw_parts_mut(self.map.as_ptr().add(offset as usize), bytes as usize)
+        })
     }
 
     fn check(&self, offset: u64, bytes: u64) -> Option<()> {

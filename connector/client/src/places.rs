@@ -10,11 +10,11 @@ pub fn default_socket(device: &str) -> PathBuf {
 }
 
 fn runtime_dir() -> PathBuf {
-    let set = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name: &str| env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     if let Some(dir) = set("PILLION_RUNTIME_DIR") {
         return dir;
     }
-    if let Some(dir) = set("XDG_RUNTIME_DIR") {
+    if let Some(dir) = set("XDG_RUNTIME_DIR").filter(|dir| dir.is_dir()) {
         return dir.join("pillion");
     }
     let usable = |dir: &str| {

@@ -266,7 +266,8 @@ impl Core {
         let id = namespace.id(&owner.tenant, epoch);
         let tenant = Arc::clone(&owner.tenant.name);
         if self.spaces.len() >= MAX_NAMESPACES && !self.spaces.contains_key(&id) {
-            let text = format!("expected at most {MAX_NAMESPACES} namespaces since the start: restart the sidecar");
+            let text =
+                format!("expected at most {MAX_NAMESPACES} namespaces since the start: restart the sidecar");
             return self.protocol_error(session, text, actions);
         }
         self.spaces.insert(id, Space { tenant, namespace });
@@ -287,7 +288,8 @@ impl Core {
         let known = self.spaces.get(&space).is_some_and(|space| space.tenant == session.tenant.name);
         if !known || hashes.len() > MAX_BLOCKS {
             actions.push(none);
-            let text = "expected a lease over at most 65536 blocks of a namespace that this session's tenant opened";
+            let text =
+                "expected a lease over at most 65536 blocks of a namespace that this session's tenant opened";
             return self.protocol_error(id, text.to_owned(), actions);
         }
         self.counters.lease_blocks_asked += hashes.len() as u64;
@@ -300,7 +302,9 @@ impl Core {
         for hash in hashes {
             let key = BlockKey::new(&session.tenant.key, space, 0, hash);
             let Some(record) = self.store.find(&key) else { break };
-            let Some(found) = self.store.get(record).filter(|found| found.state == State::Published) else { break };
+            let Some(found) = self.store.get(record).filter(|found| found.state == State::Published) else {
+                break;
+            };
             pinned += found.bytes;
             if pinned > self.limits.pinned_bytes_max {
                 break;
@@ -371,7 +375,13 @@ impl Core {
         Ok(())
     }
 
-    fn refuse(&mut self, submitted: &Submitted<'_>, direction: Direction, refusal: Refusal, actions: &mut Vec<Action>) {
+    fn refuse(
+        &mut self,
+        submitted: &Submitted<'_>,
+        direction: Direction,
+        refusal: Refusal,
+        actions: &mut Vec<Action>,
+    ) {
         let outcome = if matches!(refusal, Refusal::Busy) { Outcome::Cancelled } else { Outcome::Failed };
         let (session, job) = (submitted.session, submitted.job);
         match refusal {
@@ -437,7 +447,13 @@ impl Core {
         self.announce_evictions(&evicted, actions);
         if records.is_empty() {
             self.count(Direction::Save, Outcome::Done);
-            actions.push(Action::Complete { session, job, outcome: Outcome::Done, quiesced: true, blocks: 0 });
+            actions.push(Action::Complete {
+                session,
+                job,
+                outcome: Outcome::Done,
+                quiesced: true,
+                blocks: 0,
+            });
             return;
         }
         let direction = Direction::Save;
@@ -529,7 +545,13 @@ impl Core {
         Ok((leased.to_vec(), items))
     }
 
-    fn copy_done(&mut self, session: SessionId, job: JobId, blocks: &[BlockOutcome], actions: &mut Vec<Action>) {
+    fn copy_done(
+        &mut self,
+        session: SessionId,
+        job: JobId,
+        blocks: &[BlockOutcome],
+        actions: &mut Vec<Action>,
+    ) {
         let Some(running) = self.jobs.get_mut(&(session, job)) else { return };
         debug_assert_eq!(running.records.len(), blocks.len());
         if running.direction == Direction::Load {
@@ -579,7 +601,13 @@ impl Core {
         self.finish(session, job, &running, outcome, 0, actions);
     }
 
-    fn load_done(&mut self, session: SessionId, job: JobId, blocks: &[BlockOutcome], actions: &mut Vec<Action>) {
+    fn load_done(
+        &mut self,
+        session: SessionId,
+        job: JobId,
+        blocks: &[BlockOutcome],
+        actions: &mut Vec<Action>,
+    ) {
         let Some(running) = self.jobs.remove(&(session, job)) else { return };
         let mut loaded = 0;
         for (id, block) in running.records.iter().zip(blocks) {
@@ -601,7 +629,8 @@ impl Core {
         };
         if outcome == Outcome::Done && !running.reported {
             self.counters.blocks_loaded += loaded as u64;
-            let bytes = running.records.iter().filter_map(|id| self.store.get(*id)).map(|record| record.bytes);
+            let bytes =
+                running.records.iter().filter_map(|id| self.store.get(*id)).map(|record| record.bytes);
             self.counters.bytes_loaded += bytes.sum::<u64>();
         }
         if let Some(lease) = running.lease {

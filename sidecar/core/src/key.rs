@@ -123,7 +123,11 @@ mod tests {
     fn ids_depend_on_every_field_tenant_and_epoch() {
         let base = namespace(&[("model", "a"), ("dtype", "f32")]);
         let id = base.id(&tenant(1), b"");
-        assert_eq!(id, namespace(&[("dtype", "f32"), ("model", "a")]).id(&tenant(1), b""), "order is no matter");
+        assert_eq!(
+            id,
+            namespace(&[("dtype", "f32"), ("model", "a")]).id(&tenant(1), b""),
+            "order is no matter"
+        );
         let others = [
             namespace(&[("model", "b"), ("dtype", "f32")]).id(&tenant(1), b""),
             namespace(&[("model", "a"), ("dtype", "f16")]).id(&tenant(1), b""),
@@ -142,9 +146,13 @@ mod tests {
 
     #[test]
     fn keys_differ_by_tenant_namespace_group_and_hash() {
-        let key = |t: u8, s: u8, g, h: u8| BlockKey::new(&TenantKey::new([t; 32]), NamespaceId([s; 16]), g, &[h; 32]);
+        let key = |t: u8, s: u8, g, h: u8| {
+            BlockKey::new(&TenantKey::new([t; 32]), NamespaceId([s; 16]), g, &[h; 32])
+        };
         let base = key(1, 1, 0, 1);
-        assert!([key(2, 1, 0, 1), key(1, 2, 0, 1), key(1, 1, 1, 1), key(1, 1, 0, 2)].iter().all(|k| *k != base));
+        assert!(
+            [key(2, 1, 0, 1), key(1, 2, 0, 1), key(1, 1, 1, 1), key(1, 1, 0, 2)].iter().all(|k| *k != base)
+        );
     }
 
     #[test]

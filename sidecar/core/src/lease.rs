@@ -76,7 +76,8 @@ impl Leases {
     }
 
     pub(crate) fn session_ended(&mut self, session: SessionId, store: &mut Store) {
-        let ids: Vec<_> = self.leases.iter().filter(|(_, l)| l.session == session).map(|(id, _)| *id).collect();
+        let ids: Vec<_> =
+            self.leases.iter().filter(|(_, l)| l.session == session).map(|(id, _)| *id).collect();
         for id in ids {
             self.release(id, store);
         }

@@ -116,7 +116,8 @@ impl Pool {
         slab.first_chunk * CHUNK_BYTES + u64::from(extent.slot) * slab.stride
     }
 
-    pub(crate) fn free_chunks(&self) -> u64 {
+    #[cfg(test)]
+    fn free_chunks(&self) -> u64 {
         self.taken.iter().filter(|taken| !**taken).count() as u64
     }
 }

@@ -281,9 +281,8 @@ impl Store {
     /// Brings a record's place among the evictable ones up to date.
     fn requeue(&mut self, id: RecordId) {
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
-        let may_go = record.state == State::Published
-            && record.pins == 0
-            && !self.children.contains_key(&record.key);
+        let may_go =
+            record.state == State::Published && record.pins == 0 && !self.children.contains_key(&record.key);
         let place = may_go.then_some(record.touch);
         if place == record.queued {
             return;

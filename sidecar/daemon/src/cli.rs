@@ -38,6 +38,9 @@ pub struct ServeArgs {
     /// Go to the background once the sidecar is ready; the log goes to the state folder
     #[arg(long)]
     pub detach: bool,
+    /// This is the process in the background.
+    #[arg(long, hide = true)]
+    pub detached: bool,
     /// The configuration's flags.
     #[command(flatten)]
     pub config: ConfigArgs,

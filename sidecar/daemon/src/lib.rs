@@ -6,10 +6,18 @@
 
 pub mod cli;
 pub mod config;
+pub mod copier;
+pub mod driver;
 pub mod http;
 pub mod logging;
 pub mod machine;
 pub mod metrics;
 pub mod places;
+pub mod register;
+pub mod report;
 pub mod secret;
+pub mod serve;
+pub mod session;
 pub mod status;
+pub mod supervisor;
+pub mod worker;

@@ -1,0 +1,500 @@
+//! Carries out what the core decides. Lives on one thread, with the sessions.
+
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, HashMap, VecDeque},
+    os::fd::OwnedFd,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use pillion_core::{Action, Core, Direction, Event, JobId, Outcome, Role, SessionId, Tenant};
+use pillion_cuda::BlockCopier;
+use pillion_protocol::{Message, frame, wire};
+use pillion_shm::{
+    ShmError, clock,
+    pidfd::Peer,
+    presence::TableWriter,
+    ring::{self, Completion, RingWriter},
+    words::JobWords,
+};
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::{
+    copier::{Copiers, CopyReport, CopyTask},
+    metrics::{self, CoreCounters, LabelValue, Metrics},
+    register::Registered,
+};
+
+/// Completions that a worker's ring holds; more than one worker may have jobs.
+pub const RING_SLOTS: u32 = 4096;
+/// Saves that one worker may have at a time.
+pub const WORD_SLOTS: u32 = 1024;
+/// Jobs of one worker, at most.
+pub const SESSION_JOBS_MAX: usize = 2048;
+/// Bytes that may wait for a client that does not read.
+const UNREAD_BYTES_MAX: usize = 8 << 20;
+
+/// What a new session gets.
+#[derive(Debug)]
+pub struct Tables {
+    /// File descriptors for the welcome.
+    pub fds: Vec<OwnedFd>,
+    /// Seed of the presence table's keys.
+    pub index_seed: u64,
+}
+
+/// A session as the driver keeps it, until the core says that it has ended.
+#[derive(Debug)]
+pub struct Live {
+    out: UnboundedSender<Vec<u8>>,
+    /// Bytes handed to `out` that the connection has not written.
+    pub unread: Rc<std::cell::Cell<usize>>,
+    ring: Option<RingWriter>,
+    overflow: VecDeque<Completion>,
+    words: Option<Arc<JobWords>>,
+    copier: Option<BlockCopier>,
+    running: HashMap<JobId, Running>,
+    /// For status reports.
+    pub view: View,
+}
+
+/// What `pillion status` shows of a session.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)]
+pub struct View {
+    pub role: Role,
+    pub peer: Peer,
+    pub engine: Arc<str>,
+    pub tenant: Arc<str>,
+    pub since: Instant,
+    pub layout: Option<String>,
+    pub num_blocks: u64,
+    pub record_bytes: u64,
+    pub canary: Option<&'static str>,
+    pub refused: Option<String>,
+}
+
+#[derive(Debug)]
+struct Running {
+    cancelled: Arc<AtomicBool>,
+    begun: Instant,
+    direction: Direction,
+    bytes: u64,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Driver {
+    core: Core,
+    tables: HashMap<Arc<str>, TableWriter>,
+    sessions: BTreeMap<SessionId, Live>,
+    copiers: Copiers,
+    /// Shared with HTTP.
+    pub metrics: Arc<Metrics>,
+    presence_slots: u64,
+    pool_bytes: u64,
+    generation: [u8; 16],
+    next_session: u64,
+    restarts: u64,
+    drained: bool,
+    last_active: Instant,
+    last_stamp: Instant,
+    left_out: u64,
+}
+
+/// What the driver is made of.
+#[derive(Debug)]
+#[allow(missing_docs)]
+pub struct Parts {
+    pub core: Core,
+    pub copiers: Copiers,
+    pub metrics: Arc<Metrics>,
+    pub presence_slots: u64,
+    pub pool_bytes: u64,
+    pub generation: [u8; 16],
+    pub restarts: u64,
+}
+
+/// The driver as its users hold it: one thread, no locks.
+pub type SharedDriver = Rc<RefCell<Driver>>;
+
+impl Driver {
+    /// Puts it together.
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            core: parts.core,
+            tables: HashMap::new(),
+            sessions: BTreeMap::new(),
+            copiers: parts.copiers,
+            metrics: parts.metrics,
+            presence_slots: parts.presence_slots,
+            pool_bytes: parts.pool_bytes,
+            generation: parts.generation,
+            next_session: 0,
+            restarts: parts.restarts,
+            drained: false,
+            last_active: Instant::now(),
+            last_stamp: Instant::now(),
+            left_out: 0,
+        }
+    }
+
+    /// This boot.
+    pub fn generation(&self) -> [u8; 16] {
+        self.generation
+    }
+
+    /// Sessions now.
+    pub fn session_count(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Engines attached now.
+    pub fn engines(&self) -> usize {
+        self.core.engines()
+    }
+
+    /// Whether all work has ended after a drain.
+    pub fn is_drained(&self) -> bool {
+        self.drained
+    }
+
+    /// How long no engine has been attached.
+    pub fn idle(&self) -> Duration {
+        self.last_active.elapsed()
+    }
+
+    /// Lets a client in: makes its tables and tells the core.
+    ///
+    /// # Errors
+    /// Where shared memory cannot be had.
+    pub fn admit(
+        &mut self,
+        role: Role,
+        peer: Peer,
+        engine: Arc<str>,
+        tenant: Tenant,
+        out: UnboundedSender<Vec<u8>>,
+    ) -> Result<(SessionId, Tables), ShmError> {
+        let system = |errno| ShmError::System { call: "dup", errno };
+        let duplicate = |memfd: &pillion_shm::Memfd| {
+            rustix::io::fcntl_dupfd_cloexec(memfd.fd(), 0).map_err(system)
+        };
+        let name = Arc::clone(&tenant.name);
+        if role != Role::Observer && !self.tables.contains_key(&name) {
+            self.tables.insert(Arc::clone(&name), TableWriter::create(self.presence_slots)?);
+        }
+        let mut fds = Vec::new();
+        if let Some(table) = self.tables.get(&name).filter(|_| role != Role::Observer) {
+            fds.push(duplicate(table.memfd())?);
+        }
+        let (mut ring, mut words) = (None, None);
+        if role == Role::Worker {
+            let made = Arc::new(JobWords::create(WORD_SLOTS)?);
+            let writer = RingWriter::create(RING_SLOTS, Arc::clone(&made))?;
+            fds.push(duplicate(writer.memfd())?);
+            if let Some(memfd) = made.memfd() {
+                fds.push(duplicate(memfd)?);
+            }
+            (ring, words) = (Some(writer), Some(made));
+        }
+        self.next_session += 1;
+        let session = SessionId(self.next_session);
+        let view = View {
+            role,
+            peer,
+            engine: Arc::clone(&engine),
+            tenant: name,
+            since: Instant::now(),
+            layout: None,
+            num_blocks: 0,
+            record_bytes: 0,
+            canary: None,
+            refused: None,
+        };
+        let live = Live {
+            out,
+            unread: Rc::default(),
+            ring,
+            overflow: VecDeque::new(),
+            words,
+            copier: None,
+            running: HashMap::new(),
+            view,
+        };
+        self.sessions.insert(session, live);
+        let index_seed = tenant.key.index_seed(&self.generation);
+        self.apply(Event::Attached { session, role, engine, uid: peer.uid, tenant });
+        Ok((session, Tables { fds, index_seed }))
+    }
+
+    /// A session's state.
+    pub fn live(&mut self, session: SessionId) -> Option<&mut Live> {
+        self.sessions.get_mut(&session)
+    }
+
+    /// A worker's memory can be moved from now on.
+    pub fn registered(&mut self, session: SessionId, request: u64, registered: Registered) {
+        let Registered { copier, registration, layout, canary } = registered;
+        if let Some(live) = self.sessions.get_mut(&session) {
+            live.view.layout = Some(layout);
+            live.view.num_blocks = registration.num_blocks;
+            live.view.record_bytes = registration.record_bytes;
+            live.view.canary = Some(canary);
+            live.view.refused = None;
+            live.copier = Some(copier);
+        }
+        let answer = wire::Registered {
+            request,
+            record_bytes: registration.record_bytes,
+            format: registration.format.to_string(),
+        };
+        self.apply(Event::Registered { session, registration });
+        self.send(session, &Message::Registered(answer));
+    }
+
+    /// Queues a message for a client. One that does not read is dropped.
+    pub fn send(&mut self, session: SessionId, message: &Message) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        let bytes = frame::encode(message, 0);
+        live.unread.set(live.unread.get() + bytes.len());
+        // A closed channel means that the connection is ending already.
+        let _ = live.out.send(bytes);
+    }
+
+    /// Whether a client has let too much pile up.
+    pub fn does_not_read(&self, session: SessionId) -> bool {
+        self.sessions.get(&session).is_some_and(|live| live.unread.get() > UNREAD_BYTES_MAX)
+    }
+
+    /// Tells the core and does what it wants.
+    pub fn apply(&mut self, event: Event) {
+        let mut actions = Vec::new();
+        self.core.apply(event, clock::monotonic_ns(), &mut actions);
+        let mut queue: VecDeque<Action> = actions.into();
+        while let Some(action) = queue.pop_front() {
+            if let Some(event) = self.carry_out(action) {
+                let mut more = Vec::new();
+                self.core.apply(event, clock::monotonic_ns(), &mut more);
+                // What follows from an answer comes before what was decided earlier.
+                for action in more.into_iter().rev() {
+                    queue.push_front(action);
+                }
+            }
+        }
+    }
+
+    fn carry_out(&mut self, action: Action) -> Option<Event> {
+        match action {
+            Action::NamespaceOpened { session, request, id } => {
+                let opened = wire::NamespaceOpened { request, id: id.0.to_vec() };
+                self.send(session, &Message::NamespaceOpened(opened));
+            }
+            Action::Leased { session, request, lease, blocks } => {
+                let leased = wire::Leased { request, lease: lease.0.to_vec(), blocks };
+                self.send(session, &Message::Leased(leased));
+            }
+            Action::Copy { session, job, direction, items, deadline_ns: _ } => {
+                self.copy(session, job, direction, items);
+            }
+            Action::CancelCopy { session, job } => {
+                if let Some(running) = self.sessions.get(&session).and_then(|live| live.running.get(&job)) {
+                    running.cancelled.store(true, Ordering::Release);
+                }
+            }
+            Action::TryPublish { session, job, word, tag } => {
+                let words = self.sessions.get(&session).and_then(|live| live.words.as_ref());
+                let won = words.is_some_and(|words| words.publish(word, tag));
+                return Some(Event::PublishTried { session, job, won });
+            }
+            Action::Complete { session, job, outcome, quiesced, blocks } => {
+                self.complete(session, job, outcome, quiesced, blocks);
+            }
+            Action::TableSet { tenant, key } => {
+                let set = self.tables.get_mut(&tenant).is_some_and(|table| table.set(key, 1));
+                self.left_out += u64::from(!set);
+            }
+            Action::TableRemove { tenant, key } => {
+                if let Some(table) = self.tables.get_mut(&tenant) {
+                    table.remove(key);
+                }
+            }
+            Action::SessionEnded { session } => {
+                // Dropping it unmaps the engine's memory and closes the channel, which ends the connection.
+                self.sessions.remove(&session);
+            }
+            Action::ProtocolError { session, text } => {
+                let peer = self.sessions.get(&session).map(|live| live.view.peer.pid);
+                tracing::warn!(session = session.0, pid = peer, "protocol error: {text}");
+                let refused = wire::Refused { request: 0, reason: wire::Reason::Malformed, text };
+                self.send(session, &Message::Refused(refused));
+            }
+            Action::Drained => self.drained = true,
+        }
+        None
+    }
+
+    fn copy(&mut self, session: SessionId, job: JobId, direction: Direction, items: Vec<pillion_core::CopyItem>) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        let Some(copier) = live.copier.clone() else { return };
+        let cancelled = Arc::new(AtomicBool::new(false));
+        let bytes = items.len() as u64 * copier.record_bytes();
+        let running = Running { cancelled: Arc::clone(&cancelled), begun: Instant::now(), direction, bytes };
+        live.running.insert(job, running);
+        self.copiers.push(CopyTask { session, job, direction, items, copier, cancelled });
+    }
+
+    /// Takes in what a copy thread reports.
+    pub fn copied(&mut self, report: CopyReport) {
+        let CopyReport { session, job, direction, way, blocks, took } = report;
+        let path = metrics::Path::ALL.iter().find(|path| path.text() == way);
+        if let Some(path) = path {
+            self.metrics.copy_finished(metrics_direction(direction), *path, took);
+        }
+        self.apply(Event::CopyDone { session, job, blocks });
+        if let Some(live) = self.sessions.get_mut(&session) {
+            live.running.remove(&job);
+        }
+    }
+
+    fn complete(&mut self, session: SessionId, job: JobId, outcome: Outcome, quiesced: bool, blocks: u32) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        let reported = match outcome {
+            Outcome::AlreadyReported => ring::Outcome::None,
+            Outcome::Done => ring::Outcome::Done,
+            Outcome::Failed => ring::Outcome::Failed,
+            Outcome::Cancelled => ring::Outcome::Cancelled,
+        };
+        if let (Some(running), Some(outcome)) = (live.running.get(&job), metrics_outcome(outcome)) {
+            let Running { begun, direction, bytes, .. } = running;
+            self.metrics.job_finished(metrics_direction(*direction), outcome, *bytes, begun.elapsed());
+        }
+        live.overflow.push_back(Completion { job: job.0, outcome: reported, quiesced, blocks });
+        live.flush();
+    }
+
+    /// Every few milliseconds: stamps, deadlines, completions that found their ring full, metrics.
+    pub fn tick(&mut self) {
+        let age = self.last_stamp.elapsed();
+        self.last_stamp = Instant::now();
+        self.metrics.set_stamp_age_max(age);
+        if !self.drained {
+            for table in self.tables.values() {
+                table.stamp();
+            }
+        }
+        self.apply(Event::Tick);
+        for live in self.sessions.values_mut() {
+            live.flush();
+        }
+        if self.sessions.values().any(|live| live.view.role != Role::Observer) {
+            self.last_active = Instant::now();
+        }
+    }
+
+    /// Stops taking work; the tables promise nothing from now on.
+    pub fn drain(&mut self) {
+        self.apply(Event::Drain);
+        for table in self.tables.values() {
+            table.retire();
+        }
+    }
+
+    /// Ends all sessions, in order.
+    pub fn end_sessions(&mut self) {
+        let sessions: Vec<_> = self.sessions.keys().copied().collect();
+        for session in sessions {
+            self.apply(Event::Detached { session });
+        }
+    }
+
+    /// The sessions, for status reports.
+    pub fn views(&self) -> impl Iterator<Item = (SessionId, &View, &'static str, usize)> {
+        self.sessions.iter().map(|(id, live)| {
+            let way = live.copier.as_ref().map_or("", BlockCopier::way);
+            (*id, &live.view, way, live.running.len())
+        })
+    }
+
+    /// Totals and levels.
+    pub fn counters(&self) -> CoreCounters {
+        let core = self.core.counters();
+        let roles = |role| self.sessions.values().filter(|live| live.view.role == role).count() as u64;
+        let ways = |way| {
+            let has = |live: &&Live| live.copier.as_ref().is_some_and(|copier| copier.way() == way);
+            self.sessions.values().filter(has).count() as u64
+        };
+        CoreCounters {
+            records: core.records,
+            record_bytes: core.record_bytes,
+            pool_bytes: self.pool_bytes,
+            leased_bytes: core.pinned_bytes,
+            leases: core.leases,
+            scheduler_sessions: roles(Role::Scheduler),
+            worker_sessions: roles(Role::Worker),
+            observer_sessions: roles(Role::Observer),
+            memfd_workers: ways("memfd"),
+            process_vm_workers: ways("process_vm"),
+            jobs: core.jobs,
+            copy_queue: self.copiers.waiting() as u64,
+            lease_blocks_asked: core.lease_blocks_asked,
+            lease_blocks_hit: core.lease_blocks_hit,
+            leases_granted: core.leases_granted,
+            leases_empty: core.leases_empty,
+            leases_refused: core.leases_refused,
+            leases_expired: core.leases_expired,
+            loads_done: core.loads_done,
+            loads_failed: core.loads_failed,
+            loads_cancelled: core.loads_cancelled,
+            saves_done: core.saves_done,
+            saves_failed: core.saves_failed,
+            saves_cancelled: core.saves_cancelled,
+            saves_revoked: core.saves_revoked,
+            blocks_loaded: core.blocks_loaded,
+            blocks_saved: core.blocks_saved,
+            bytes_loaded: core.bytes_loaded,
+            bytes_saved: core.bytes_saved,
+            blocks_deduplicated: core.blocks_deduplicated,
+            blocks_without_room: core.blocks_without_room,
+            evictions: core.evictions,
+            checksum_failures: core.checksum_failures,
+            identity_mismatches: core.identity_mismatches,
+            deadline_misses: core.deadline_misses,
+            protocol_errors: core.protocol_errors,
+            worker_restarts: self.restarts,
+        }
+    }
+}
+
+impl Live {
+    /// Moves completions into the ring as far as there is room.
+    fn flush(&mut self) {
+        let Some(ring) = &mut self.ring else { return self.overflow.clear() };
+        while let Some(completion) = self.overflow.pop_front() {
+            if let Err(completion) = ring.push(completion) {
+                return self.overflow.push_front(completion);
+            }
+        }
+    }
+}
+
+fn metrics_direction(direction: Direction) -> metrics::Direction {
+    match direction {
+        Direction::Load => metrics::Direction::Load,
+        Direction::Save => metrics::Direction::Save,
+    }
+}
+
+fn metrics_outcome(outcome: Outcome) -> Option<metrics::Outcome> {
+    match outcome {
+        Outcome::AlreadyReported => None,
+        Outcome::Done => Some(metrics::Outcome::Done),
+        Outcome::Failed => Some(metrics::Outcome::Failed),
+        Outcome::Cancelled => Some(metrics::Outcome::Cancelled),
+    }
+}

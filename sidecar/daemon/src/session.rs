@@ -1,0 +1,448 @@
+//! One connection: attach, frames in, frames out, its end.
+
+use std::{
+    cell::Cell,
+    collections::VecDeque,
+    os::fd::{AsFd, OwnedFd},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use pillion_core::{Event, JobId, LeaseId, NamespaceId, Role, SessionId, Tenant, TenantKey};
+use pillion_protocol::{Frames, MAJOR, MINOR, Message, frame, wire};
+use pillion_shm::{
+    clock,
+    fds::{self, Received},
+    pidfd::{self, Peer, Process},
+};
+use rustix::io::Errno;
+use tokio::{
+    io::Interest,
+    net::UnixStream,
+    sync::mpsc::{self, UnboundedReceiver},
+    time::{MissedTickBehavior, interval, timeout},
+};
+
+use crate::{
+    config::Config,
+    driver::{RING_SLOTS, SharedDriver, WORD_SLOTS},
+    metrics::{LabelValue, Refusal},
+    register,
+    secret::ClusterSecret,
+};
+
+/// How long a client may take to introduce itself.
+const HELLO_MAX: Duration = Duration::from_secs(2);
+/// How long the last words may take to be written.
+const BYE_MAX: Duration = Duration::from_secs(1);
+/// How often a client's process is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// Malformed messages after which a session is closed.
+const STRIKES_MAX: u32 = 3;
+
+/// What all sessions share.
+#[derive(Debug)]
+pub struct Shared {
+    /// The configuration.
+    pub config: Config,
+    /// Tenant keys derive from it.
+    pub secret: ClusterSecret,
+    /// Decisions and actions.
+    pub driver: SharedDriver,
+    /// Makes the status report.
+    pub status: fn(&crate::driver::Driver, &Shared) -> String,
+    /// Where HTTP listens.
+    pub http: Option<std::net::SocketAddr>,
+    /// The socket's path.
+    pub socket: std::path::PathBuf,
+    /// When this process started.
+    pub started: std::time::Instant,
+}
+
+/// Serves one connection until it ends.
+pub async fn run(stream: UnixStream, shared: Rc<Shared>) {
+    let peer = match pidfd::peer(&stream) {
+        Ok(peer) => peer,
+        Err(errno) => return tracing::warn!("a client whose credentials cannot be read was dropped: {errno}"),
+    };
+    let mut connection = Connection {
+        stream,
+        frames: Frames::default(),
+        passed: VecDeque::new(),
+        peer,
+        shared,
+        strikes: 0,
+    };
+    match timeout(HELLO_MAX, connection.hello()).await {
+        Ok(Some((session, outgoing))) => connection.serve(session, outgoing).await,
+        Ok(None) => {}
+        Err(_) => tracing::info!(pid = peer.pid, "a client did not introduce itself in time and was dropped"),
+    }
+}
+
+struct Connection {
+    stream: UnixStream,
+    frames: Frames,
+    passed: VecDeque<OwnedFd>,
+    peer: Peer,
+    shared: Rc<Shared>,
+    strikes: u32,
+}
+
+/// Why a session ends.
+enum End {
+    Closed,
+    Dropped(String),
+}
+
+impl Connection {
+    /// The first frame must be a hello that may come in.
+    async fn hello(&mut self) -> Option<(SessionId, UnboundedReceiver<Vec<u8>>)> {
+        let hello = loop {
+            match self.frames.next_frame() {
+                Some(Ok(frame)) => match frame.message {
+                    Message::Hello(hello) => break hello,
+                    other => {
+                        let text = format!("expected a hello first, got {:?}", other.kind());
+                        return self.turn_away(wire::Reason::Malformed, text).await;
+                    }
+                },
+                Some(Err(error)) => return self.turn_away(wire::Reason::Malformed, error.to_string()).await,
+                None => {}
+            }
+            self.stream.readable().await.ok()?;
+            if !self.receive().ok()? {
+                return None;
+            }
+        };
+        match self.admit(&hello) {
+            Ok((session, outgoing, welcome, fds)) => {
+                let bytes = frame::encode(&Message::Welcome(welcome), fds.len() as u16);
+                let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                // The first bytes on a fresh connection: they fit.
+                if fds::send(&self.stream, &bytes, &borrowed) != Ok(bytes.len()) {
+                    self.shared.driver.borrow_mut().apply(Event::Detached { session });
+                    return None;
+                }
+                Some((session, outgoing))
+            }
+            Err((reason, text)) => self.turn_away(reason, text).await,
+        }
+    }
+
+    async fn turn_away<T>(&mut self, reason: wire::Reason, text: String) -> Option<T> {
+        tracing::warn!(pid = self.peer.pid, uid = self.peer.uid, "client refused: {text}");
+        self.count(reason);
+        let refused = Message::Refused(wire::Refused { request: 0, reason, text });
+        let _ = timeout(BYE_MAX, self.write_all(&frame::encode(&refused, 0))).await;
+        None
+    }
+
+    fn count(&self, reason: wire::Reason) {
+        let text = format!("{reason:?}").to_lowercase();
+        let refusal = Refusal::ALL.iter().find(|refusal| refusal.text() == text);
+        self.shared.driver.borrow().metrics.refused(refusal.copied().unwrap_or(Refusal::Unknown));
+    }
+
+    #[expect(clippy::type_complexity, reason = "used once")]
+    fn admit(
+        &self,
+        hello: &wire::Hello,
+    ) -> Result<(SessionId, UnboundedReceiver<Vec<u8>>, wire::Welcome, Vec<OwnedFd>), (wire::Reason, String)> {
+        let Shared { config, secret, driver, .. } = &*self.shared;
+        if hello.major != MAJOR {
+            let text = format!("expected protocol version {MAJOR}, the client speaks {}: install the same version of pillion on both sides", hello.major);
+            return Err((wire::Reason::Version, text));
+        }
+        let denied = |denied: crate::config::Denied| (wire::Reason::Denied, denied.to_string());
+        config.uid_allowed(self.peer.uid).map_err(denied)?;
+        let tenant = config.tenant_allowed(&hello.tenant, self.peer.uid).map_err(denied)?;
+        let role = match hello.role {
+            wire::Role::Scheduler => Role::Scheduler,
+            wire::Role::Worker => Role::Worker,
+            wire::Role::Observer => Role::Observer,
+        };
+        if hello.engine_id.is_empty() || hello.engine_id.len() > 256 {
+            return Err((wire::Reason::Malformed, "expected an engine id of 1 to 256 bytes".into()));
+        }
+        let mut driver = driver.borrow_mut();
+        if driver.session_count() as u64 >= config.max_sessions {
+            let text = format!("expected at most {} sessions (max_sessions): detach one or raise it", config.max_sessions);
+            return Err((wire::Reason::Busy, text));
+        }
+        let key = TenantKey::new(*secret.tenant_key(&tenant).as_bytes());
+        let tenant = Tenant { name: tenant.as_str().into(), key };
+        let (out, outgoing) = mpsc::unbounded_channel();
+        let engine = Arc::from(hello.engine_id.as_str());
+        let (session, tables) = driver
+            .admit(role, self.peer, engine, tenant, out)
+            .map_err(|error| (wire::Reason::Busy, error.to_string()))?;
+        tracing::info!(session = session.0, ?role, pid = self.peer.pid, uid = self.peer.uid, engine = hello.engine_id, version = hello.client_version, "attached");
+        let welcome = wire::Welcome {
+            major: MAJOR,
+            minor: MINOR,
+            session: session.0,
+            generation: driver.generation().to_vec(),
+            index_seed: tables.index_seed,
+            heartbeat_ms: config.heartbeat_ms as u32,
+            lease_ms: (config.lease_seconds * 1000) as u32,
+            stale_ms: (config.table_stamp_ms * 5) as u32,
+            ring_slots: RING_SLOTS,
+            word_slots: WORD_SLOTS,
+            server_version: env!("CARGO_PKG_VERSION").into(),
+            device: config.device.clone(),
+        };
+        Ok((session, outgoing, welcome, tables.fds))
+    }
+
+    async fn serve(&mut self, session: SessionId, mut outgoing: UnboundedReceiver<Vec<u8>>) {
+        let unread = self.shared.driver.borrow_mut().live(session).map(|live| Rc::clone(&live.unread));
+        let unread = unread.unwrap_or_default();
+        let end = self.exchange(session, &mut outgoing, &unread).await;
+        if let End::Dropped(text) = &end {
+            tracing::warn!(session = session.0, pid = self.peer.pid, "session dropped: {text}");
+        }
+        self.shared.driver.borrow_mut().apply(Event::Detached { session });
+        // The channel ends when the core has seen the last copy of this session end. Only then is the
+        // connection closed: to the peer, its end means that nothing of ours touches its memory.
+        while outgoing.recv().await.is_some() {}
+        let text = match end {
+            End::Closed => "the client detached".into(),
+            End::Dropped(text) => text,
+        };
+        let bye = frame::encode(&Message::Bye(wire::Bye { text }), 0);
+        let _ = timeout(BYE_MAX, self.write_all(&bye)).await;
+        tracing::info!(session = session.0, "session ended");
+    }
+
+    async fn exchange(
+        &mut self,
+        session: SessionId,
+        outgoing: &mut UnboundedReceiver<Vec<u8>>,
+        unread: &Rc<Cell<usize>>,
+    ) -> End {
+        // EOF alone is not enough: another process may hold a copy of the socket.
+        let Ok(process) = Process::open(self.peer.pid) else { return End::Closed };
+        let mut look = interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pending: VecDeque<u8> = VecDeque::new();
+        loop {
+            while let Some(next) = self.frames.next_frame() {
+                if let Err(text) = self.take(session, next) {
+                    return End::Dropped(text);
+                }
+            }
+            if self.shared.driver.borrow().does_not_read(session) {
+                return End::Dropped("the client does not read its answers".into());
+            }
+            let writable = !pending.is_empty();
+            tokio::select! {
+                ready = self.stream.readable() => {
+                    if ready.is_err() { return End::Closed; }
+                    match self.receive() {
+                        Ok(true) => {}
+                        Ok(false) => return End::Closed,
+                        Err(errno) => return End::Dropped(format!("the connection broke: {errno}")),
+                    }
+                }
+                ready = self.stream.writable(), if writable => {
+                    if ready.is_err() { return End::Closed; }
+                }
+                message = outgoing.recv() => {
+                    let Some(bytes) = message else { return End::Closed };
+                    pending.extend(bytes);
+                }
+                _ = look.tick() => if process.has_ended() { return End::Closed },
+            }
+            while !pending.is_empty() {
+                match self.stream.try_write(pending.as_slices().0) {
+                    Ok(count) => {
+                        pending.drain(..count);
+                        unread.set(unread.get().saturating_sub(count));
+                    }
+                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
+                    Err(_) => return End::Closed,
+                }
+            }
+        }
+    }
+
+    /// Reads what is there; false at the end of the stream.
+    fn receive(&mut self) -> Result<bool, Errno> {
+        let mut buffer = [0u8; 65536];
+        let Self { stream, passed, frames, .. } = self;
+        let received = stream.try_io(Interest::READABLE, || {
+            match fds::receive(&*stream, &mut buffer, passed)? {
+                Received::Nothing => Err(std::io::ErrorKind::WouldBlock.into()),
+                other => Ok(other),
+            }
+        });
+        match received {
+            Ok(Received::Bytes(count)) => {
+                frames.push(&buffer[..count]);
+                Ok(true)
+            }
+            Ok(_) => Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(true),
+            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+        }
+    }
+
+    async fn write_all(&self, mut bytes: &[u8]) {
+        while !bytes.is_empty() && self.stream.writable().await.is_ok() {
+            match self.stream.try_write(bytes) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// One frame. An error ends the session.
+    fn take(&mut self, session: SessionId, next: Result<frame::Frame, pillion_protocol::FrameError>) -> Result<(), String> {
+        let frame = match next {
+            Ok(frame) => frame,
+            Err(error) if error.is_fatal() => return Err(error.to_string()),
+            Err(error) => return self.strike(session, error.to_string()),
+        };
+        let count = usize::from(frame.fds);
+        if self.passed.len() < count {
+            return Err(format!("expected {count} file descriptors, got {}", self.passed.len()));
+        }
+        let fds: Vec<OwnedFd> = self.passed.drain(..count).collect();
+        // Descriptors that no frame announced would pile up.
+        if self.passed.len() > 16 {
+            return Err("expected file descriptors only with the frames that announce them".into());
+        }
+        match self.handle(session, frame.message, fds) {
+            Ok(()) => Ok(()),
+            Err(text) => self.strike(session, text),
+        }
+    }
+
+    fn strike(&mut self, session: SessionId, text: String) -> Result<(), String> {
+        self.strikes += 1;
+        self.count(wire::Reason::Malformed);
+        if self.strikes >= STRIKES_MAX {
+            return Err(format!("{STRIKES_MAX} malformed messages, the last: {text}"));
+        }
+        let refused = wire::Refused { request: 0, reason: wire::Reason::Malformed, text };
+        self.shared.driver.borrow_mut().send(session, &Message::Refused(refused));
+        Ok(())
+    }
+
+    fn handle(&mut self, session: SessionId, message: Message, fds: Vec<OwnedFd>) -> Result<(), String> {
+        let mut driver = self.shared.driver.borrow_mut();
+        let event = match message {
+            Message::Ping(ping) => {
+                let engines = driver.engines() as u32;
+                driver.send(session, &Message::Pong(wire::Pong { sequence: ping.sequence, engines }));
+                return Ok(());
+            }
+            Message::StatusQuery(query) => {
+                let json = (self.shared.status)(&driver, &self.shared);
+                driver.send(session, &Message::Status(wire::Status { request: query.request, json }));
+                return Ok(());
+            }
+            Message::Register(register) => {
+                drop(driver);
+                self.register(session, &register, fds.into_iter().next());
+                return Ok(());
+            }
+            Message::OpenNamespace(open) => {
+                let namespace = register::namespace(&open.keys, &open.values)
+                    .ok_or("expected 1 to 256 namespace fields with different names")?;
+                if ![0, 16].contains(&open.epoch.len()) {
+                    return Err(format!("expected an epoch of 0 or 16 bytes, got {}", open.epoch.len()));
+                }
+                Event::OpenNamespace { session, request: open.request, namespace, epoch: open.epoch }
+            }
+            Message::Lease(lease) => {
+                let hashes = hashes(&lease.hashes)?;
+                Event::Lease { session, request: lease.request, space: space(&lease.space)?, hashes }
+            }
+            Message::Renew(renew) => Event::Renew { session, lease: self::lease(&renew.lease)? },
+            Message::Release(release) => Event::Release { session, lease: self::lease(&release.lease)? },
+            Message::Save(save) => Event::Save {
+                session,
+                job: job(&save.job)?,
+                space: space(&save.space)?,
+                parent: match save.parent.len() {
+                    0 => None,
+                    _ => Some(save.parent.as_slice().try_into().map_err(|_| "expected a parent hash of 0 or 32 bytes")?),
+                },
+                hashes: hashes(&save.hashes)?,
+                blocks: save.blocks,
+                word: save.word,
+                tag: save.tag,
+                deadline_ns: deadline(save.deadline_ms),
+            },
+            Message::Load(load) => Event::Load {
+                session,
+                job: job(&load.job)?,
+                lease: self::lease(&load.lease)?,
+                first: load.first,
+                space: space(&load.space)?,
+                hashes: hashes(&load.hashes)?,
+                blocks: load.blocks,
+                deadline_ns: deadline(load.deadline_ms),
+            },
+            Message::Cancel(cancel) => Event::Cancel { session, job: job(&cancel.job)? },
+            other => return Err(format!("expected a client's message, got {:?}", other.kind())),
+        };
+        driver.apply(event);
+        Ok(())
+    }
+
+    fn register(&self, session: SessionId, message: &wire::Register, fd: Option<OwnedFd>) {
+        let result = register::register(message, fd, self.peer);
+        let mut driver = self.shared.driver.borrow_mut();
+        match result {
+            Ok(registered) => {
+                let registration = &registered.registration;
+                tracing::info!(
+                    session = session.0,
+                    layout = registered.layout,
+                    blocks = registration.num_blocks,
+                    record_bytes = registration.record_bytes,
+                    way = registered.copier.way(),
+                    canary = registered.canary,
+                    "registered"
+                );
+                driver.registered(session, message.request, registered);
+            }
+            Err(refused) => {
+                tracing::warn!(session = session.0, pid = self.peer.pid, "registration refused: {}", refused.text);
+                if let Some(live) = driver.live(session) {
+                    live.view.refused = Some(refused.text.clone());
+                }
+                let answer = wire::Refused { request: message.request, reason: refused.reason, text: refused.text };
+                driver.send(session, &Message::Refused(answer));
+                drop(driver);
+                self.count(refused.reason);
+            }
+        }
+    }
+}
+
+fn hashes(bytes: &[u8]) -> Result<Vec<[u8; 32]>, String> {
+    let (hashes, rest) = bytes.as_chunks::<32>();
+    if rest.is_empty() { Ok(hashes.to_vec()) } else { Err(format!("expected hashes of 32 bytes, got {} bytes", bytes.len())) }
+}
+
+fn job(bytes: &[u8]) -> Result<JobId, String> {
+    JobId::from_slice(bytes).ok_or_else(|| format!("expected a job id of 16 bytes, got {}", bytes.len()))
+}
+
+fn lease(bytes: &[u8]) -> Result<LeaseId, String> {
+    LeaseId::from_slice(bytes).ok_or_else(|| format!("expected a lease id of 16 bytes, got {}", bytes.len()))
+}
+
+fn space(bytes: &[u8]) -> Result<NamespaceId, String> {
+    NamespaceId::from_slice(bytes).ok_or_else(|| format!("expected a namespace id of 16 bytes, got {}", bytes.len()))
+}
+
+fn deadline(milliseconds: u32) -> u64 {
+    clock::monotonic_ns() + u64::from(milliseconds) * 1_000_000
+}

@@ -1,0 +1,278 @@
+//! The process that serves engines: set up, run, drain.
+
+use std::{
+    cell::RefCell,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::Path,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, Result};
+use pillion_core::{Core, Limits};
+use pillion_cuda::HostPool;
+use tokio::{
+    io::AsyncReadExt,
+    net::{UnixListener, unix::pipe},
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+    task::LocalSet,
+    time::{MissedTickBehavior, interval},
+};
+
+use crate::{
+    config::{Config, HttpListen},
+    copier::Copiers,
+    driver::{Driver, Parts, SESSION_JOBS_MAX, SharedDriver},
+    http, machine,
+    metrics::Metrics,
+    places::{Machine, Places, open_private},
+    report,
+    secret::ClusterSecret,
+    session,
+};
+
+/// How often the worker looks whether its socket is still there, beats, and updates metrics.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Readiness and metrics for HTTP.
+#[derive(Debug)]
+struct Shown {
+    metrics: Arc<Metrics>,
+    listening: AtomicBool,
+    draining: AtomicBool,
+}
+
+impl http::Shown for Shown {
+    fn metrics(&self) -> String {
+        self.metrics.encode()
+    }
+
+    fn missing(&self) -> Vec<&'static str> {
+        let latches = [
+            ("socket listening", self.listening.load(Ordering::Acquire)),
+            ("core ticking", !self.draining.load(Ordering::Acquire)),
+        ];
+        latches.into_iter().filter(|(_, there)| !there).map(|(name, _)| name).collect()
+    }
+}
+
+/// Runs until it is told to stop; a panic anywhere ends the process.
+///
+/// # Errors
+/// What kept it from starting.
+pub fn run(config: Config, restarts: u64) -> Result<()> {
+    // Crash-only: no half-alive daemon.
+    let default = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        default(panic);
+        std::process::abort();
+    }));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let local = LocalSet::new();
+    runtime.block_on(local.run_until(serve(config, restarts)))
+}
+
+fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).context("the kernel gives no randomness")?;
+    Ok(bytes)
+}
+
+async fn serve(config: Config, restarts: u64) -> Result<()> {
+    let started = Instant::now();
+    let places = Places::choose(&config, &Machine)?;
+    places.prepare(config.admits_other_users())?;
+    let secret = ClusterSecret::open_or_create(&places.secret())?;
+    let available = machine::available_memory_bytes().context("cannot read the available memory")?;
+    let pool_bytes = config.host_pool.resolve(available) / pillion_core::CHUNK_BYTES * pillion_core::CHUNK_BYTES;
+    anyhow::ensure!(
+        pool_bytes > 0,
+        "expected a host pool of at least {} bytes, got {}: raise host_pool",
+        pillion_core::CHUNK_BYTES,
+        config.host_pool
+    );
+    let pool = Arc::new(HostPool::create(pool_bytes).context("cannot make the host pool")?);
+    let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"), SystemTime::now()));
+    let (reports, mut copied) = mpsc::unbounded_channel();
+    let copiers = Copiers::start(config.copy_threads, pool, &reports).context("cannot start the copy threads")?;
+    let generation = random()?;
+    let core = Core::new(Limits {
+        pool_bytes,
+        // A pool that is leased to the last byte could take no save.
+        pinned_bytes_max: pool_bytes / 8 * 7,
+        leases_max: config.max_leases as usize,
+        session_jobs_max: SESSION_JOBS_MAX,
+        lease_ns: config.lease().as_nanos() as u64,
+        lease_seed: random()?,
+        generation,
+    });
+    let presence_slots = config.presence_slots;
+    let driver: SharedDriver = Rc::new(RefCell::new(Driver::new(Parts {
+        core,
+        copiers,
+        metrics: Arc::clone(&metrics),
+        presence_slots,
+        pool_bytes,
+        generation,
+        restarts,
+    })));
+    let shown = Arc::new(Shown { metrics, listening: AtomicBool::new(false), draining: AtomicBool::new(false) });
+    let (stop_http, stopped) = tokio::sync::oneshot::channel::<()>();
+    let http = listen_http(&config, &shown, stopped).await?;
+    let shared = Rc::new(session::Shared {
+        config,
+        secret,
+        driver: Rc::clone(&driver),
+        status: report::json,
+        http,
+        socket: places.socket.clone(),
+        started,
+    });
+    write_pid(&places.worker_pid())?;
+    let ready = Rc::clone(&driver);
+    tokio::task::spawn_local(async move {
+        while let Some(report) = copied.recv().await {
+            ready.borrow_mut().copied(report);
+        }
+    });
+    let ticking = Rc::clone(&driver);
+    let mut stamps = interval(shared.config.table_stamp());
+    stamps.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    tokio::task::spawn_local(async move {
+        loop {
+            stamps.tick().await;
+            ticking.borrow_mut().tick();
+        }
+    });
+    tracing::info!(
+        socket = %places.socket.display(),
+        pool_mib = pool_bytes >> 20,
+        http = http.map(|address| address.to_string()),
+        pid = std::process::id(),
+        "serving"
+    );
+    accept(&shared, &shown, &places.socket).await?;
+    shown.draining.store(true, Ordering::Release);
+    drain(&driver, shared.config.drain()).await;
+    let _ = std::fs::remove_file(&places.socket);
+    let _ = stop_http.send(());
+    tracing::info!("stopped");
+    Ok(())
+}
+
+async fn listen_http(
+    config: &Config,
+    shown: &Arc<Shown>,
+    stop: tokio::sync::oneshot::Receiver<()>,
+) -> Result<Option<std::net::SocketAddr>> {
+    let HttpListen::On(first) = config.http else { return Ok(None) };
+    let (listener, address) = http::bind(first).await?;
+    let shown = Arc::clone(shown);
+    tokio::task::spawn_local(async move {
+        let stop = async move {
+            let _ = stop.await;
+        };
+        if let Err(error) = http::serve(listener, shown, stop).await {
+            tracing::error!("http ended: {error}");
+        }
+    });
+    Ok(Some(address))
+}
+
+fn write_pid(path: &Path) -> Result<()> {
+    use std::io::Write;
+    let mut file = open_private(path, false)?;
+    file.set_len(0)?;
+    writeln!(file, "{}", std::process::id())?;
+    Ok(())
+}
+
+/// Listens on the path, taking the place of whatever is left there: the supervisor's lock says
+/// that nobody else serves it.
+fn bind(path: &Path, others: bool) -> Result<(UnixListener, (u64, u64))> {
+    let _ = std::fs::remove_file(path);
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    let mode = if others { 0o666 } else { 0o600 };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    let found = std::fs::metadata(path)?;
+    Ok((listener, (found.dev(), found.ino())))
+}
+
+/// Takes connections until the process is to stop.
+async fn accept(shared: &Rc<session::Shared>, shown: &Arc<Shown>, path: &Path) -> Result<()> {
+    let others = shared.config.admits_other_users();
+    let (mut listener, mut place) = bind(path, others)?;
+    shown.listening.store(true, Ordering::Release);
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut look = interval(LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut supervisor = tokio::spawn(async {
+        // Only a pipe is a supervisor's; by hand, standard input may be anything.
+        let stdin = rustix::io::dup(rustix::stdio::stdin()).map(std::fs::File::from);
+        let Some(mut pipe) = stdin.ok().and_then(|file| pipe::Receiver::from_file(file).ok()) else {
+            return std::future::pending().await;
+        };
+        let _ = pipe.read(&mut [0u8; 1]).await;
+    });
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    tokio::task::spawn_local(session::run(stream, Rc::clone(shared)));
+                }
+                // Out of descriptors, most likely: the next look comes first.
+                Err(error) => {
+                    tracing::error!("cannot accept a connection: {error}");
+                    tokio::time::sleep(LOOK).await;
+                }
+            },
+            _ = look.tick() => {
+                beat();
+                shared.driver.borrow().metrics.set_core(&shared.driver.borrow().counters());
+                let found = std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+                if found != Some(place) {
+                    tracing::warn!(socket = %path.display(), "the socket is gone or another's: listening anew");
+                    (listener, place) = bind(path, others)?;
+                }
+                let idle = shared.driver.borrow().idle();
+                if shared.config.idle_exit().is_some_and(|limit| idle > limit) {
+                    tracing::info!("no engine for {} s: exiting", idle.as_secs());
+                    return Ok(());
+                }
+            }
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = &mut supervisor => {
+                tracing::warn!("the supervisor is gone: draining");
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// The supervisor listens for this.
+fn beat() {
+    let _ = rustix::io::write(rustix::stdio::stdout(), b".");
+}
+
+async fn drain(driver: &SharedDriver, limit: Duration) {
+    tracing::info!("draining for at most {} s", limit.as_secs());
+    driver.borrow_mut().drain();
+    let begun = Instant::now();
+    while !driver.borrow().is_drained() && begun.elapsed() < limit {
+        beat();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    driver.borrow_mut().end_sessions();
+    // Time for the last words.
+    while driver.borrow().session_count() > 0 && begun.elapsed() < limit {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(50)).await;
+}
