@@ -47,7 +47,7 @@ class SchedulerClient:
     def close(self) -> None: ...
 
 class WorkerClient:
-    """A worker's half: registration, jobs, completions. One background thread; every method returns at once."""
+    """A worker's half: registration, jobs, completions. One background thread; methods return at once."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class WorkerClient:
 
     # Kept, and presented again at every re-attachment.
     # layout: physical order, one of LBNHC, LBHNC, LHBNC, BLHNC, BLNHC, BHLNC.
-    # kind: spec class, e.g. "FullAttentionSpec". heads, states, content_bytes: H, N, C of one page, C in bytes.
+    # kind: spec class, e.g. "FullAttentionSpec". heads, states, content_bytes: H, N, C (bytes) of one page.
     # page_bytes: what vLLM says a page takes.
     # tensors: (size, offset, layer_stride, block_stride in bytes, layer names).
     # memfd: borrowed (duplicated inside); -1: process_vm on this process, where the allocation is at `base`.

@@ -208,7 +208,7 @@ def _add_weights(digest: _Hash, path: str, samples: int) -> None:
 
 
 def _sample(digest: _Hash, fd: int, span: tuple[int, int], samples: int, sample_bytes: int) -> None:
-    """Adds evenly spread samples of the bytes of `span`, first and last bytes included; a short range whole."""
+    """Adds evenly spread samples of a range of bytes, its first and last ones included; a short range whole."""
     begin, end = span
     length = end - begin
     if length <= max(_WHOLE_TENSOR_BYTES, samples * sample_bytes):

@@ -173,10 +173,10 @@ class SchedulerHalf:
         hashes = state.request.block_hashes
         # One token is always left to compute, so that a block that others may share is never rewritten.
         usable = min((state.request.num_tokens - 1) // self._bs, len(hashes))
+        state.granted = 0
         state.ticket = self.client.lease(b"".join(hashes[:usable])) if usable > 0 else 0
         state.asked_at = time.monotonic()
         state.granted = -1 if state.ticket else 0
-        state.lease = b""
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond `num_computed_tokens` that are granted; (None, False) while that is not known yet."""
@@ -188,7 +188,7 @@ class SchedulerHalf:
             state.first_poll = now
             self.stats.add("lookups")
         if state.ticket and now - state.asked_at > LEASE_FRESH_S:
-            self.client.release(state.ticket)
+            self._release(state)
             self._ask(state)
             state.first_poll = now
         if state.granted < 0 and not self._poll(state, now):
@@ -247,8 +247,19 @@ class SchedulerHalf:
 
     def _release(self, state: Req) -> None:
         ticket, state.ticket = state.ticket, 0
-        if ticket:
+        self._release_ticket(ticket)
+
+    def _release_ticket(self, ticket: int) -> None:
+        """Gives a lease back. An error ends here: what comes after a release must happen anyway."""
+        if not ticket:
+            return
+        try:
             self.client.release(ticket)
+        except BaseException as error:
+            if not survivable(error):
+                raise
+            self.stats.add("errors")
+            log_limited(logging.ERROR, "release", "releasing a lease failed: %r", error)
 
     # ---- loads
 
@@ -321,8 +332,7 @@ class SchedulerHalf:
         self.held -= len(job.blocks)
         self._in_flight.difference_update(job.hashes)
         self._pool.free_blocks(reversed(job.blocks))
-        if job.ticket:
-            self.client.release(job.ticket)
+        self._release_ticket(job.ticket)
 
     # ---- one step
 

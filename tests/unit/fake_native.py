@@ -1,0 +1,293 @@
+"""A scripted stand-in for `pillion._native`, in memory: grants late, refuses, fails, misses deadlines, never quiesces.
+
+`FakeNative` is the module, the sidecar and the fault injector in one. Time is counted in polls of the worker's
+client and in calls of `lease_poll`, so that every run of a test is the same. It reads and writes the engine's
+blocks through `memory` (block id -> contents), when a job is carried out and not when it is submitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+DONE, FAILED, CANCELLED = 1, 2, 3
+
+
+@dataclass
+class FakeJob:
+    """A submitted job and what is still to happen to it."""
+
+    job: bytes
+    load: bool
+    namespace: bytes
+    hashes: list[bytes]
+    blocks: list[int]
+    contents: list[Any]  # of a load: what the lease proved
+    polls_left: int
+    outcome_told: bool = False
+    quiesced: bool = False
+
+
+@dataclass
+class FakeNative:
+    """Knobs first; what happened below them."""
+
+    memory: MutableMapping[int, Any] = field(default_factory=dict)
+    attached: bool = True
+    attach_status: str = "connecting: nobody listens"
+    grant_after_polls: int = 0  # lease_poll calls that answer "not yet"
+    refuse_leases: bool = False
+    grant_blocks_max: int | None = None
+    load_polls: int = 1
+    save_polls: int = 1
+    load_outcome: int | None = DONE  # None: never told
+    save_outcome: int | None = DONE
+    quiesce_loads: bool = True
+    quiesce_saves: bool = True
+    submit_error: BaseException | None = None
+    raise_in: dict[str, BaseException] = field(default_factory=dict)  # method name -> error
+
+    store: dict[tuple[bytes, bytes], Any] = field(default_factory=dict)
+    jobs: dict[bytes, FakeJob] = field(default_factory=dict)
+    epoch: int = 0
+    leases: dict[int, tuple[bytes, list[bytes], int]] = field(default_factory=dict)  # ticket -> id, hashes, polls
+    released: list[int] = field(default_factory=list)
+    used: list[int] = field(default_factory=list)
+    registered: dict[str, Any] | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+    closed: int = 0
+    options: list[dict[str, Any]] = field(default_factory=list)
+    minted: int = 0
+
+    def SchedulerClient(self, **options: Any) -> FakeScheduler:
+        self.options.append(options)
+        return FakeScheduler(self)
+
+    def WorkerClient(self, **options: Any) -> FakeWorker:
+        self.options.append(options)
+        return FakeWorker(self)
+
+    def default_socket(self, device: str) -> str:
+        return f"/nonexistent/{device}.sock"
+
+    def version(self) -> str:
+        return "fake"
+
+    @property
+    def namespace(self) -> bytes:
+        return self.epoch.to_bytes(16, "big")
+
+    def called(self, name: str) -> None:
+        self.calls[name] = self.calls.get(name, 0) + 1
+        if name in self.raise_in:
+            raise self.raise_in[name]
+
+    def unreleased(self) -> list[int]:
+        """Tickets that the shim has neither released nor handed to a job that was released."""
+        return [ticket for ticket in self.leases if ticket not in self.released]
+
+    # ---- what a test does to jobs
+
+    def late_write(self, content: Any) -> int:
+        """A stuck sidecar writes now into the blocks of every load that has not quiesced; how many blocks."""
+        late = [job for job in self.jobs.values() if job.load and not job.quiesced]
+        for job in late:
+            for block in job.blocks:
+                self.memory[block] = content
+        return sum(len(job.blocks) for job in late)
+
+    def quiesce_all(self) -> None:
+        """From now on every job quiesces at the next poll."""
+        self.quiesce_loads = self.quiesce_saves = True
+
+    def carry_out(self) -> list[tuple[bytes, int, bool, int]]:
+        """One poll: moves every job on and returns the events."""
+        events = []
+        for job in list(self.jobs.values()):
+            job.polls_left -= 1
+            if job.polls_left > 0:
+                continue
+            outcome, blocks = 0, 0
+            wanted = self.load_outcome if job.load else self.save_outcome
+            if not job.outcome_told and wanted is not None:
+                outcome, job.outcome_told = wanted, True
+                if outcome == DONE:
+                    blocks = self._move(job)
+            if self.quiesce_loads if job.load else self.quiesce_saves:
+                job.quiesced = True
+                del self.jobs[job.job]
+            if outcome or job.quiesced:
+                events.append((job.job, outcome, job.quiesced, blocks))
+        return events
+
+    def _move(self, job: FakeJob) -> int:
+        if job.load:
+            for block, content in zip(job.blocks, job.contents, strict=True):
+                self.memory[block] = list(content)
+            return len(job.blocks)
+        stored = 0
+        for block, block_hash in zip(job.blocks, job.hashes, strict=True):
+            key = (job.namespace, block_hash)
+            content = list(self.memory[block])
+            if key in self.store:
+                assert self.store[key] == content, "two contents under one hash"
+            else:
+                self.store[key] = content
+                stored += 1
+        return stored
+
+
+class FakeScheduler:
+    """`_native.SchedulerClient`."""
+
+    def __init__(self, native: FakeNative) -> None:
+        self.native = native
+
+    def ready(self) -> bool:
+        self.native.called("ready")
+        return self.native.attached
+
+    def status(self) -> str:
+        return "ready" if self.native.attached else self.native.attach_status
+
+    def namespace_id(self) -> bytes | None:
+        self.native.called("namespace_id")
+        return self.native.namespace if self.native.attached else None
+
+    def _hits(self, hashes: bytes) -> list[bytes]:
+        hits: list[bytes] = []
+        for offset in range(0, len(hashes), 32):
+            block_hash = hashes[offset : offset + 32]
+            if (self.native.namespace, block_hash) not in self.native.store:
+                break
+            hits.append(block_hash)
+        return hits
+
+    def lookup(self, hashes: bytes) -> int:
+        self.native.called("lookup")
+        return len(self._hits(hashes)) if self.native.attached else 0
+
+    def absent(self, hashes: bytes) -> list[int]:
+        self.native.called("absent")
+        if not self.native.attached:
+            return []
+        space, store = self.native.namespace, self.native.store
+        return [i for i in range(len(hashes) // 32) if (space, hashes[32 * i : 32 * i + 32]) not in store]
+
+    def lease(self, hashes: bytes) -> int:
+        native = self.native
+        native.called("lease")
+        hits = self._hits(hashes) if native.attached else []
+        hits = hits[: native.grant_blocks_max]
+        if not hits:
+            return 0
+        native.minted += 1
+        native.leases[native.minted] = (native.minted.to_bytes(16, "big"), hits, native.grant_after_polls)
+        return native.minted
+
+    def lease_poll(self, ticket: int, wait_us: int = 0) -> tuple[int, bytes] | None:
+        native = self.native
+        native.called("lease_poll")
+        lease, hits, polls = native.leases[ticket]
+        if polls > 0:
+            native.leases[ticket] = (lease, hits, polls - 1)
+            return None
+        if native.refuse_leases or not native.attached:
+            return 0, b""
+        return len(hits), lease
+
+    def release(self, ticket: int) -> None:
+        self.native.called("release")
+        if ticket not in self.native.released:
+            self.native.released.append(ticket)
+
+    def lease_used(self, ticket: int) -> None:
+        self.native.called("lease_used")
+        self.native.used.append(ticket)
+
+    def new_epoch(self) -> None:
+        self.native.called("new_epoch")
+        self.native.epoch += 1
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        self.native.closed += 1
+
+
+class FakeWorker:
+    """`_native.WorkerClient`."""
+
+    def __init__(self, native: FakeNative) -> None:
+        self.native = native
+
+    def register(self, **registration: Any) -> None:
+        self.native.called("register")
+        self.native.registered = registration
+
+    def ready(self) -> bool:
+        return self.native.attached
+
+    def status(self) -> str:
+        return "ready" if self.native.attached else self.native.attach_status
+
+    def canary_checked(self) -> bool:
+        return True
+
+    def submit_load(
+        self,
+        job: bytes,
+        lease: bytes,
+        first: int,
+        namespace: bytes,
+        hashes: bytes,
+        blocks: list[int],
+        deadline_ms: int,
+    ) -> None:
+        native = self.native
+        native.called("submit_load")
+        if native.submit_error is not None:
+            raise native.submit_error
+        held = next(hits for lease_id, hits, _ in native.leases.values() if lease_id == lease)
+        wanted = _split(hashes)
+        assert held[first : first + len(wanted)] == wanted, "the load asks for blocks outside its lease"
+        assert len(blocks) == len(wanted) and deadline_ms > 0
+        contents = [native.store.get((namespace, block_hash)) for block_hash in wanted]
+        self._add(FakeJob(job, True, namespace, wanted, list(blocks), contents, native.load_polls))
+
+    def submit_save(
+        self, job: bytes, namespace: bytes, parent: bytes, hashes: bytes, blocks: list[int], deadline_ms: int
+    ) -> None:
+        native = self.native
+        native.called("submit_save")
+        if native.submit_error is not None:
+            raise native.submit_error
+        assert len(parent) in (0, 32) and deadline_ms > 0
+        self._add(FakeJob(job, False, namespace, _split(hashes), list(blocks), [], native.save_polls))
+
+    def _add(self, job: FakeJob) -> None:
+        assert len(job.job) == 16 and job.job not in self.native.jobs
+        assert 0 not in job.blocks and len(set(job.blocks)) == len(job.blocks)
+        self.native.jobs[job.job] = job
+
+    def poll(self) -> list[tuple[bytes, int, bool, int]]:
+        self.native.called("poll")
+        return self.native.carry_out()
+
+    def unquiesced(self) -> int:
+        return len(self.native.jobs)
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        self.native.closed += 1
+
+
+def _split(hashes: bytes) -> list[bytes]:
+    return [hashes[offset : offset + 32] for offset in range(0, len(hashes), 32)]
+
+
+Factory = Callable[..., FakeNative]

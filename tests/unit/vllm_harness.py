@@ -1,0 +1,333 @@
+"""vLLM's real Scheduler, driven with PillionConnector in both roles and a simulated model.
+
+The simulated worker keeps its own block tables from `SchedulerOutput`, as a model runner does. Its "KV" of a
+token is a value that depends on the whole prefix; before a step computes a token, the worker checks that
+every earlier position holds the value it must. So a wrong load, a late write or a block that is reused too
+early fails the step that would have used it. The next token is a function of the prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fake_native import FakeNative
+from pillion.vllm import native as source
+from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+BLOCK = 16
+LAYERS = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+def make_config(model_dir: Path, *, max_batched: int = 256, max_len: int = 1024, **transfer: Any) -> VllmConfig:
+    """A VllmConfig for a tiny Llama; `transfer` goes into the KVTransferConfig."""
+    model_dir.mkdir(parents=True, exist_ok=True)
+    (model_dir / "config.json").write_text(json.dumps(MODEL))
+    extra = {"model_id": "tiny", "launch": False, **transfer.pop("extra", {})}
+    options = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute", **transfer}
+    return VllmConfig(
+        model_config=ModelConfig(
+            model=str(model_dir), skip_tokenizer_init=True, dtype="float32", max_model_len=max_len, seed=0
+        ),
+        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=64,
+            max_num_batched_tokens=max_batched,
+            max_model_len=max_len,
+            enable_chunked_prefill=True,
+            is_encoder_decoder=False,
+        ),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="PillionConnector",
+            kv_connector_module_path="pillion.vllm",
+            kv_connector_extra_config=extra,
+            **options,
+        ),
+    )
+
+
+def make_spec() -> FullAttentionSpec:
+    return FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=32, dtype=torch.float32)
+
+
+def make_kv_config(num_blocks: int) -> KVCacheConfig:
+    """One group of full attention, LBHNC, as the CPU engine makes it."""
+    spec = make_spec()
+    page = spec.page_size_bytes
+    return KVCacheConfig(
+        num_blocks=num_blocks,
+        kv_cache_tensors=[
+            KVCacheTensor(
+                size=page * num_blocks * len(LAYERS),
+                layers=list(LAYERS),
+                layer_stride=page * num_blocks,
+                block_stride=page,
+            )
+        ],
+        kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)],
+        kv_cache_layout="LBHNC",
+    )
+
+
+def make_tensors(kv_config: KVCacheConfig) -> dict[str, torch.Tensor]:
+    """The KV cache as vLLM views it: [B, H, N, C] per layer over one allocation."""
+    tensor = kv_config.kv_cache_tensors[0]
+    spec = kv_config.kv_cache_groups[0].kv_cache_spec
+    raw = torch.zeros(tensor.size, dtype=torch.int8, device="cpu").view(torch.float32)
+    shape = (len(tensor.layers), kv_config.num_blocks, 2, BLOCK, spec.state_content_size_bytes // 4)
+    return dict(zip(tensor.layers, raw.view(shape), strict=True))
+
+
+@dataclass
+class SimRequest:
+    """What the simulated model runner knows of a request."""
+
+    tokens: list[int]
+    blocks: list[int]
+    values: list[int] = field(default_factory=list)  # value of each position's prefix
+
+    def value(self, position: int) -> int:
+        while len(self.values) <= position:
+            before = self.values[-1] if self.values else 0
+            self.values.append(hash((before, self.tokens[len(self.values)])))
+        return self.values[position]
+
+
+def next_token(value: int) -> int:
+    return 3 + value % 1000
+
+
+class Engine:
+    """One engine: scheduler, worker, and the loop between them."""
+
+    def __init__(
+        self,
+        native: FakeNative,
+        model_dir: Path,
+        *,
+        num_blocks: int = 200,
+        overlap: bool = False,
+        max_batched: int = 256,
+        **transfer: Any,
+    ) -> None:
+        source.native = lambda: native  # type: ignore[assignment,return-value]
+        self.native = native
+        native.memory.clear()  # a fresh engine's KV cache
+        self.memory = native.memory
+        self.config = make_config(model_dir, max_batched=max_batched, **transfer)
+        self.config.cache_config.num_gpu_blocks = num_blocks
+        self.overlap = overlap
+        if overlap:
+            # As the GPU does it. The CPU platform turns it off, and with it the second batch in flight.
+            self.config.scheduler_config.async_scheduling = True
+            type(self.config).max_concurrent_batches = property(  # type: ignore[assignment,method-assign]
+                lambda config: 2 if config.scheduler_config.async_scheduling else 1
+            )
+        kv_config = make_kv_config(num_blocks)
+        hash_fn = get_hash_fn_by_name("sha256")
+        init_none_hash(hash_fn)
+        self.hasher = get_request_block_hasher(BLOCK, hash_fn)
+        from pillion.vllm import PillionConnector
+
+        self.worker = PillionConnector(self.config, KVConnectorRole.WORKER, kv_config)
+        self.worker.register_kv_caches(make_tensors(kv_config))
+        self.scheduler = (AsyncScheduler if overlap else Scheduler)(
+            vllm_config=self.config,
+            kv_cache_config=make_kv_config(num_blocks),
+            structured_output_manager=StructuredOutputManager(self.config),
+            block_size=BLOCK,
+            log_stats=True,
+        )
+        self.connector = self.scheduler.connector
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.free_at_start = self.pool.get_num_free_blocks()
+        self.aggregator = KVOutputAggregator(1)
+        self.in_flight: deque[Any] = deque()
+        self.sims: dict[str, SimRequest] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.params: dict[str, Any] = {}
+        self.reasons: dict[str, Any] = {}
+        self.steps = 0
+        self.held_most = 0
+        self.computed: dict[str, int] = {}  # tokens that were computed, per request
+        self.loads: list[tuple[str, list[int]]] = []
+        self.stats: dict[str, int] = {}
+
+    @property
+    def half(self) -> Any:
+        return self.connector._scheduler
+
+    # ---- requests
+
+    def add(self, req_id: str, prompt: list[int], max_tokens: int = 4, **options: Any) -> Request:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
+        request = Request(
+            request_id=req_id,
+            prompt_token_ids=list(prompt),
+            sampling_params=params,
+            pooling_params=None,
+            block_hasher=self.hasher,
+            **options,
+        )
+        self.outputs[req_id] = []
+        self.scheduler.add_request(request)
+        return request
+
+    def abort(self, req_id: str) -> None:
+        self.scheduler.finish_requests(req_id, RequestStatus.FINISHED_ABORTED)
+
+    def run(self, *, steps: int = 2000) -> None:
+        """Steps until nothing is left to do, as the engine core's loop does."""
+        for _ in range(steps):
+            if not self.scheduler.has_requests() and not self.in_flight:
+                return
+            self.step()
+        raise AssertionError(f"still busy after {steps} steps: {list(self.scheduler.requests)}")
+
+    def step(self) -> None:
+        """Schedules one step; executes and processes the oldest when the pipeline is full or idle."""
+        output = self.scheduler.schedule()
+        output.kv_connector_metadata = pickle.loads(pickle.dumps(output.kv_connector_metadata))
+        self.in_flight.append(output)
+        self.steps += 1
+        if self.half is not None:
+            self.held_most = max(self.held_most, self.half.held)
+        depth = 2 if self.overlap and output.total_num_scheduled_tokens > 0 else 1
+        while len(self.in_flight) >= depth:
+            self.process()
+
+    def process(self) -> None:
+        """Executes the oldest scheduled step and gives its output to the scheduler."""
+        output = self.in_flight.popleft()
+        result = self.aggregator.aggregate([self.execute(output)])
+        for outputs in self.scheduler.update_from_output(output, result).values():
+            for one in outputs.outputs:
+                self.outputs[one.request_id].extend(one.new_token_ids)
+                if one.finish_reason is not None:
+                    self.reasons[one.request_id] = one.finish_reason
+                    self.params[one.request_id] = one.kv_transfer_params
+            stats = outputs.scheduler_stats
+            if stats is not None:
+                for name, count in (stats.kv_connector_stats or {}).items():
+                    self.stats[name] = self.stats.get(name, 0) + count
+
+    # ---- the simulated worker
+
+    def execute(self, output: Any) -> ModelRunnerOutput:
+        self._update_tables(output)
+        meta = output.kv_connector_metadata
+        self.loads += [(plan.req_id, plan.blocks) for plan in meta.loads]
+        worker = self.worker
+        worker.handle_preemptions(meta)
+        worker.bind_connector_metadata(meta)
+        req_ids, sampled = self._forward(output)
+        worker.start_load_kv(None)
+        worker.wait_for_save()
+        results = worker.get_transfer_results(output.finished_req_ids)
+        connector_output = KVConnectorOutput(
+            finished_sending=results.finished_sending,
+            finished_recving=results.finished_recving,
+            failed_recving=results.failed_recving,
+            invalid_block_ids=worker.get_block_ids_with_load_errors(),
+            kv_connector_stats=worker.get_kv_connector_stats(),
+            kv_connector_worker_meta=worker.build_connector_worker_meta(),
+        )
+        worker.clear_connector_metadata()
+        return ModelRunnerOutput(
+            req_ids=req_ids,
+            req_id_to_index={req_id: index for index, req_id in enumerate(req_ids)},
+            sampled_token_ids=sampled,
+            kv_connector_output=pickle.loads(pickle.dumps(connector_output)),
+        )
+
+    def _update_tables(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            self.sims[new.req_id] = SimRequest(list(new.prompt_token_ids), list(new.block_ids[0]))
+        cached = output.scheduled_cached_reqs
+        for req_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            sim = self.sims[req_id]
+            if req_id in cached.resumed_req_ids:
+                known = list(cached.all_token_ids.get(req_id, sim.tokens))
+                if len(known) > len(sim.tokens):
+                    sim.tokens = known
+                sim.blocks = []
+            if blocks is not None:
+                sim.blocks.extend(blocks[0])
+
+    def _forward(self, output: Any) -> tuple[list[str], list[list[int]]]:
+        starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        cached = output.scheduled_cached_reqs
+        starts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        sampled: list[list[int]] = []
+        for req_id, count in output.num_scheduled_tokens.items():
+            sim, start = self.sims[req_id], starts[req_id]
+            self.computed[req_id] = self.computed.get(req_id, 0) + count
+            for position in range(start):
+                found = self.memory[sim.blocks[position // BLOCK]][position % BLOCK]
+                assert found == sim.value(position), f"{req_id}: wrong KV at position {position} of {start}"
+            for position in range(start, start + count):
+                block = self.memory.setdefault(sim.blocks[position // BLOCK], [None] * BLOCK)
+                block[position % BLOCK] = sim.value(position)
+            if start + count == len(sim.tokens):
+                token = next_token(sim.value(start + count - 1))
+                sim.tokens.append(token)
+                sampled.append([token])
+            else:
+                sampled.append([])
+        return list(output.num_scheduled_tokens), sampled
+
+    # ---- checks
+
+    def assert_clean(self) -> None:
+        """Nothing leaked: blocks, holds, leases, requests."""
+        assert not self.scheduler.requests
+        assert self.half.held == 0 and not self.half._jobs
+        assert self.pool.get_num_free_blocks() == self.free_at_start
+        assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)
+        assert not self.native.unreleased(), "a lease was never released"
+        assert not self.half._reqs and not self.half._open_loads
+        assert self.half._promised_blocks == 0
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """A prompt whose first token already differs between seeds."""
+    return [3 + (seed * 7919 + index * 31) % 1000 for index in range(length)]
+
+
+def expected(tokens: list[int], count: int) -> list[int]:
+    """What any engine must answer, with or without Pillion."""
+    sim = SimRequest(list(tokens), [])
+    for _ in range(count):
+        sim.tokens.append(next_token(sim.value(len(sim.tokens) - 1)))
+    return sim.tokens[len(tokens) :]
