@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Arg, ArgMatches, Args, Command as ClapCommand, FromArgMatches, Parser, Subcommand};
 
-use crate::config::{KEYS, Key, Sources};
+use crate::config::{FILE_VARIABLE, KEYS, Key, Sources};
 
 /// Pillion: a KV-cache sidecar for LLM inference engines.
 #[derive(Debug, Parser)]
@@ -106,12 +106,13 @@ impl ConfigArgs {
         Sources::of_process(self.file.clone(), self.flags.clone())
     }
 
-    /// The same arguments again, for the process that the supervisor starts.
+    /// The same arguments again, for a process that may start in another folder.
     pub fn to_args(&self) -> Vec<std::ffi::OsString> {
+        let named = std::env::var_os(FILE_VARIABLE).filter(|path| !path.is_empty()).map(PathBuf::from);
         let mut args = Vec::new();
-        if let Some(file) = &self.file {
+        if let Some(file) = self.file.clone().or(named) {
             args.push("--config".into());
-            args.push(file.into());
+            args.push(std::path::absolute(&file).unwrap_or(file).into());
         }
         for (key, text) in &self.flags {
             // With "=": a value may begin with a dash.
@@ -216,6 +217,13 @@ mod tests {
         };
         assert_eq!((worker.config.file, worker.config.flags), (serve.config.file, serve.config.flags));
         assert_eq!(worker.restarts, 3);
+    }
+
+    #[test]
+    fn a_file_beside_us_is_found_from_elsewhere() {
+        let args = ConfigArgs { file: Some("pillion.toml".into()), flags: Vec::new() }.to_args();
+        assert_eq!(args[0], "--config");
+        assert_eq!(PathBuf::from(&args[1]), std::env::current_dir().unwrap().join("pillion.toml"));
     }
 
     #[test]

@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod config;
 pub mod copier;
+pub mod doctor;
 pub mod driver;
 pub mod http;
 pub mod logging;

@@ -23,7 +23,7 @@ pub trait Surroundings {
     fn variable(&self, name: &str) -> Option<PathBuf>;
     /// Whether there is a folder of that name.
     fn is_dir(&self, path: &Path) -> bool;
-    /// Whether the folder is ours and writable, or could be made.
+    /// Whether we may write in the folder, or could make it.
     fn usable(&self, path: &Path) -> bool;
 }
 
@@ -45,11 +45,11 @@ impl Surroundings for Machine {
     }
 
     fn usable(&self, path: &Path) -> bool {
-        let writable = |path: &Path| rustix::fs::access(path, rustix::fs::Access::WRITE_OK).is_ok();
-        match rustix::fs::lstat(path) {
-            Ok(found) => found.st_uid == self.uid() && writable(path),
-            Err(_) => path.parent().is_some_and(|parent| parent.is_dir() && writable(parent)),
-        }
+        use rustix::fs::Access;
+        let open = |path: &Path| rustix::fs::access(path, Access::WRITE_OK | Access::EXEC_OK).is_ok();
+        // Who owns it is no question here but of `prepare`: the client asks the same and must
+        // come to the same place.
+        if path.exists() { open(path) } else { path.parent().is_some_and(open) }
     }
 }
 
@@ -427,6 +427,47 @@ mod tests {
         std::fs::write(&places.runtime_dir, "").unwrap();
         let error = places.inspect().unwrap_err();
         assert!(matches!(error, PlacesError::NotAFolder { .. }), "{error}");
+    }
+
+    /// The client must look where the sidecar listens.
+    #[test]
+    fn client_and_sidecar_agree() {
+        let mut sources = crate::config::Sources::of_process(None, Vec::new());
+        // What the tester's own machine says of other sidecars does not count.
+        for name in ["PILLION_SOCKET", crate::config::FILE_VARIABLE] {
+            sources.variables.remove(name);
+        }
+        sources.default_file = None;
+        let config = Config::load(&sources).unwrap().config;
+        let places = Places::choose(&config, &Machine).unwrap();
+        assert_eq!(places.socket, pillion_client::default_socket(&config.device));
+    }
+
+    /// The environment of a process is its own: each runs the test above in a new one.
+    #[test]
+    fn client_and_sidecar_agree_whatever_is_set() {
+        let folder = tempfile::tempdir().unwrap();
+        let here = folder.path().to_str().unwrap();
+        for variables in [
+            vec![],
+            vec![("XDG_RUNTIME_DIR", here)],
+            vec![("XDG_RUNTIME_DIR", "/nonexistent")],
+            vec![("XDG_RUNTIME_DIR", "relative")],
+            vec![("XDG_RUNTIME_DIR", "")],
+            vec![("XDG_RUNTIME_DIR", here), ("PILLION_RUNTIME_DIR", "/elsewhere")],
+            vec![("PILLION_RUNTIME_DIR", "")],
+            vec![("PILLION_DEVICE", "cpu9")],
+        ] {
+            let again = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "places::tests::client_and_sidecar_agree"])
+                .env_clear()
+                .env("HOME", "/root")
+                .envs(variables.clone())
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&again.stdout);
+            assert!(again.status.success() && said.contains("1 passed"), "{variables:?}: {said}");
+        }
     }
 
     #[test]

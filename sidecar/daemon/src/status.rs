@@ -96,10 +96,14 @@ pub struct SessionStatus {
     pub tenant: String,
     /// Which engine instance.
     pub engine_id: String,
+    /// How long it has been attached.
+    pub attached_seconds: u64,
     /// Jobs that have not quiesced.
     pub jobs: u64,
     /// What a worker registered.
     pub registration: Option<RegistrationStatus>,
+    /// Why its registration was refused: it stays attached and runs uncached.
+    pub refused: Option<String>,
 }
 
 /// What a worker registered.

@@ -63,19 +63,22 @@ fn sessions(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> {
 
 fn session_line(it: &SessionStatus) -> String {
     let (role, tenant, engine) = (safe(&it.role), safe(&it.tenant), safe(&it.engine_id));
-    let peer = format!(
-        "{role:<9} pid {} uid {} tenant {tenant} engine {engine}, {} jobs running",
-        it.pid, it.uid, it.jobs
+    let mut line = format!(
+        "{role:<9} pid {} uid {} tenant {tenant} engine {engine}, for {}, {} jobs running",
+        it.pid,
+        it.uid,
+        duration(it.attached_seconds),
+        it.jobs
     );
-    let Some(memory) = &it.registration else { return peer };
-    format!(
-        "{peer}; {} {}, {} blocks of {}, canary {}",
-        safe(&memory.path),
-        safe(&memory.layout),
-        memory.blocks,
-        approximate(memory.block_bytes),
-        safe(&memory.canary),
-    )
+    if let Some(memory) = &it.registration {
+        let (path, layout, canary) = (safe(&memory.path), safe(&memory.layout), safe(&memory.canary));
+        let (blocks, bytes) = (memory.blocks, approximate(memory.block_bytes));
+        line += &format!("; {path} {layout}, {blocks} blocks of {bytes}, canary {canary}");
+    }
+    if let Some(reason) = &it.refused {
+        line += &format!("; REFUSED, runs uncached: {}", safe(reason));
+    }
+    line
 }
 
 fn work(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> {

@@ -48,7 +48,9 @@ fn report() -> StatusReport {
                 uid: 1000,
                 tenant: "default".to_owned(),
                 engine_id: "e1".to_owned(),
+                attached_seconds: 90_000,
                 jobs: 1,
+                refused: Some("layout\n".to_owned()),
                 registration: Some(RegistrationStatus {
                     path: "memfd".to_owned(),
                     layout: "LBHNC".to_owned(),
@@ -82,8 +84,8 @@ pillion 0.1.0, serving cpu0
   http        http://127.0.0.1:9471/metrics
   pool        1.5 GiB of 4.0 GiB used (38 %), 128 blocks, 64.0 MiB leased
 sessions      2
-  scheduler pid 77 uid 1000 tenant default engine e\u{fffd}[31m1, 0 jobs running
-  worker    pid 78 uid 1000 tenant default engine e1, 1 jobs running; memfd LBHNC, 512 blocks of 4.0 KiB, canary compared
+  scheduler pid 77 uid 1000 tenant default engine e\u{fffd}[31m1, for 0s, 0 jobs running
+  worker    pid 78 uid 1000 tenant default engine e1, for 1d 1h, 1 jobs running; memfd LBHNC, 512 blocks of 4.0 KiB, canary compared; REFUSED, runs uncached: layout\u{fffd}
 refused of late
   1m 1s ago: worker pid 79 uid 1001: expected a user that may attach, came uid 1001
 leases        2 held; 10 granted, 0 empty, 0 refused, 0 expired
