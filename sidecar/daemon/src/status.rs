@@ -10,7 +10,6 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::ByteSize;
 use crate::metrics::CoreCounters;
 
 pub use print::print;
@@ -298,7 +297,7 @@ fn approximate(bytes: u64) -> String {
     let units = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)];
     match units.iter().find(|(_, shift)| bytes >> shift > 0) {
         Some((name, shift)) => format!("{:.1} {name}", bytes as f64 / (1u64 << shift) as f64),
-        None => ByteSize(bytes).to_string(),
+        None => format!("{bytes} B"),
     }
 }
 

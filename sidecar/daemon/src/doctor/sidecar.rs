@@ -44,7 +44,9 @@ pub(super) fn reachable(socket: &Path, ask: &Ask<'_>) -> (Check, Option<StatusRe
         }
     };
     let (theirs, ours) = (&report.sidecar.version, env!("CARGO_PKG_VERSION"));
-    let found = format!("{theirs} at {at}, {} sessions", report.sessions.len());
+    // We are attached ourselves, as an observer.
+    let sessions = report.sessions.iter().filter(|session| session.role != "observer").count();
+    let found = format!("{theirs} at {at}, {sessions} sessions of engines");
     let check = if theirs == ours {
         Check::ok(NAME, found)
     } else {

@@ -95,7 +95,7 @@ jobs          1 running, 0 waiting; 0 past their deadline
 tier host
   lookups     300 of 400 blocks hit (75 %)
   loaded      300 blocks, 1.2 MiB
-  saved       0 blocks, 0B; 0 stored already, 0 without room
+  saved       0 blocks, 0 B; 0 stored already, 0 without room
   evicted     0 blocks
 faults        0 checksum failures, 0 identity mismatches, 0 protocol errors
 ";
