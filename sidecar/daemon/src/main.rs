@@ -1,14 +1,18 @@
 //! The `pillion` command.
 
-use std::process::ExitCode;
+use std::{path::Path, process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clap::Parser;
 use pillion_daemon::{
     cli::{Cli, Command, ConfigCommand},
     config::{Config, Loaded, Sources},
+    doctor,
     logging::{self, Format},
-    serve, worker,
+    places::{Machine, Places},
+    serve,
+    status::{self, StatusReport},
+    worker,
 };
 
 fn main() -> ExitCode {
@@ -30,6 +34,15 @@ fn load(sources: &Sources) -> Result<Loaded> {
     Ok(loaded)
 }
 
+/// How long a living sidecar may take to say how it is.
+const STATUS_MAX: Duration = Duration::from_secs(2);
+
+fn ask(socket: &Path) -> Result<StatusReport, String> {
+    let text = pillion_client::fetch_status(socket, STATUS_MAX)?;
+    StatusReport::from_json(text.as_bytes())
+        .map_err(|error| format!("expected a status report, came {error}"))
+}
+
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Serve(args) => {
@@ -38,19 +51,32 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Worker(args) => worker::run(load(&args.config.sources())?.config, args.restarts)?,
         Command::Status(args) => {
-            let loaded = Config::load(&args.config.sources())?;
-            let places = pillion_daemon::places::Places::choose(&loaded.config, &pillion_daemon::places::Machine)?;
-            let text = pillion_client::fetch_status(&places.socket, std::time::Duration::from_secs(2));
-            println!("{}", text.map_err(anyhow::Error::msg)?);
+            let places = Places::choose(&Config::load(&args.config.sources())?.config, &Machine)?;
+            let report = ask(&places.socket).map_err(anyhow::Error::msg)?;
+            let out = &mut std::io::stdout().lock();
+            if args.json { report.write_json(out)? } else { status::print(&report, out)? }
         }
         Command::Config(ConfigCommand::Check { file }) => {
-            Config::load(&Sources::of_process(file, Vec::new()))?;
-            println!("ok");
+            let loaded = Config::load(&Sources::of_process(file, Vec::new()))?;
+            loaded.warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+            match loaded.file {
+                Some(file) => println!("{}: ok", file.display()),
+                None => println!("no file; environment: ok"),
+            }
         }
         Command::Config(ConfigCommand::Show(args)) => {
             print!("{}", Config::load(&args.sources())?.to_toml());
         }
-        Command::Doctor(_) => anyhow::bail!("doctor comes with its module"),
+        Command::Doctor(args) => {
+            let report = doctor::examine(&Config::load(&args.config.sources()), &ask);
+            let out = &mut std::io::stdout().lock();
+            if args.json {
+                report.write_json(out)?
+            } else {
+                report.print(out)?
+            }
+            return Ok(ExitCode::from(report.exit_code()));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
