@@ -112,6 +112,8 @@ class FakeNative:
             wanted = self.load_outcome if job.load else self.save_outcome
             if not job.outcome_told and wanted is not None:
                 outcome, job.outcome_told = wanted, True
+                if job.load and None in job.contents:
+                    outcome = FAILED  # evicted, or the sidecar was restarted
                 if outcome == DONE:
                     blocks = self._move(job)
             if self.quiesce_loads if job.load else self.quiesce_saves:

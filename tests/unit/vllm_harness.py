@@ -62,7 +62,7 @@ def make_config(model_dir: Path, *, max_batched: int = 256, max_len: int = 1024,
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
         scheduler_config=SchedulerConfig(
-            max_num_seqs=64,
+            max_num_seqs=32,
             max_num_batched_tokens=max_batched,
             max_model_len=max_len,
             enable_chunked_prefill=True,
