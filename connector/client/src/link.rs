@@ -67,7 +67,7 @@ pub(crate) trait Half: Send + Sync + 'static {
     fn role(&self) -> wire::Role;
     /// Let in: take over the tables, send what comes first. An error text ends the connection.
     fn attached(&self, attached: Attached, outbox: &Outbox) -> Result<(), String>;
-    fn message(&self, message: Message);
+    fn message(&self, message: Message, outbox: &Outbox);
     /// The connection is gone. `ended`: the sidecar closed it in order, so nothing of ours runs there.
     fn lost(&self, ended: bool, process: Option<Process>);
     /// Every heartbeat, and when woken.
@@ -309,7 +309,7 @@ impl Runner {
                         connection.bye = true;
                         return format!("the sidecar ended the session: {}", bye.text);
                     }
-                    Ok(Some((message, _))) => self.half.message(message),
+                    Ok(Some((message, _))) => self.half.message(message, &self.outbox),
                 }
             }
             if !open {
@@ -323,12 +323,13 @@ impl Runner {
     fn kill_if_overdue(&self, connection: &Connection, heard: Instant) {
         let only_ours = self.health.engines.load(Ordering::Relaxed) <= 1;
         // Twice the grace: the supervisor comes first.
-        if heard.elapsed() > self.options.grace * 2 && only_ours && self.half.has_overdue_holds() {
-            if let Some(process) = &connection.process {
-                if process.kill().is_ok() {
-                    self.health.kills.fetch_add(1, Ordering::Relaxed);
-                }
-            }
+        if heard.elapsed() > self.options.grace * 2
+            && only_ours
+            && self.half.has_overdue_holds()
+            && let Some(process) = &connection.process
+            && process.kill().is_ok()
+        {
+            self.health.kills.fetch_add(1, Ordering::Relaxed);
         }
     }
 }

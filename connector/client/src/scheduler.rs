@@ -201,11 +201,11 @@ impl SchedulerClient {
     /// Gives a lease back. A job that runs under it keeps it until the job ends. May be called twice.
     pub fn release(&self, ticket: u64) {
         let mut state = self.shared.state();
-        if let Some(Ticket::Granted { grant, .. }) = state.tickets.remove(&ticket) {
-            if grant.blocks > 0 {
-                let lease = grant.lease.to_vec();
-                let _ = self.link.outbox.send(&Message::Release(wire::Release { lease }));
-            }
+        if let Some(Ticket::Granted { grant, .. }) = state.tickets.remove(&ticket)
+            && grant.blocks > 0
+        {
+            let lease = grant.lease.to_vec();
+            let _ = self.link.outbox.send(&Message::Release(wire::Release { lease }));
         }
     }
 
@@ -312,7 +312,7 @@ impl Half for Shared {
         Ok(())
     }
 
-    fn message(&self, message: Message) {
+    fn message(&self, message: Message, outbox: &Outbox) {
         let mut state = self.state();
         match message {
             Message::NamespaceOpened(opened) if opened.request == state.opening => {
@@ -329,8 +329,10 @@ impl Half for Shared {
                     } else {
                         &mut counts.leases_empty
                     }) += 1;
+                } else if grant.blocks > 0 {
+                    // Its ticket was released before the grant came.
+                    let _ = outbox.send(&Message::Release(wire::Release { lease: grant.lease.to_vec() }));
                 }
-                // A ticket that was released before its grant came: the lease expires by itself.
                 drop(state);
                 self.answered.notify_all();
             }
@@ -351,11 +353,12 @@ impl Half for Shared {
         let mut state = self.state();
         let due = Duration::from_millis(u64::from(state.lease_ms)) / 3;
         for ticket in state.tickets.values_mut() {
-            if let Ticket::Granted { grant, renewed } = ticket {
-                if grant.blocks > 0 && renewed.elapsed() > due {
-                    *renewed = Instant::now();
-                    let _ = outbox.send(&Message::Renew(wire::Renew { lease: grant.lease.to_vec() }));
-                }
+            if let Ticket::Granted { grant, renewed } = ticket
+                && grant.blocks > 0
+                && renewed.elapsed() > due
+            {
+                *renewed = Instant::now();
+                let _ = outbox.send(&Message::Renew(wire::Renew { lease: grant.lease.to_vec() }));
             }
         }
     }

@@ -187,10 +187,10 @@ impl WorkerClient {
         let mut state = self.shared.state();
         state.registration = Some(registration);
         state.registered_at = Some(Instant::now());
-        if state.tables.is_some() {
-            if let Err(text) = self.shared.present(&mut state, &self.link.outbox) {
-                self.shared.health.say(text);
-            }
+        if state.tables.is_some()
+            && let Err(text) = self.shared.present(&mut state, &self.link.outbox)
+        {
+            self.shared.health.say(text);
         }
         Ok(())
     }
@@ -446,7 +446,7 @@ impl Half for Shared {
         self.present(&mut state, outbox)
     }
 
-    fn message(&self, message: Message) {
+    fn message(&self, message: Message, _outbox: &Outbox) {
         let mut state = self.state();
         match message {
             Message::Registered(registered) if registered.request == state.request => {

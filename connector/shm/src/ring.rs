@@ -175,7 +175,7 @@ mod tests {
     fn completion(n: u32) -> Completion {
         let mut job = [0; 16];
         job[..4].copy_from_slice(&n.to_le_bytes());
-        Completion { job, outcome: Outcome::Done, quiesced: n % 2 == 0, blocks: n }
+        Completion { job, outcome: Outcome::Done, quiesced: n.is_multiple_of(2), blocks: n }
     }
 
     #[test]

@@ -79,11 +79,17 @@ impl Copiers {
     ///
     /// # Errors
     /// Where a thread cannot be started.
-    pub fn start(threads: u64, pool: Arc<HostPool>, reports: &UnboundedSender<CopyReport>) -> std::io::Result<Self> {
+    pub fn start(
+        threads: u64,
+        pool: Arc<HostPool>,
+        reports: &UnboundedSender<CopyReport>,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Shared { queues: Mutex::default(), work: Condvar::new(), pool });
         for index in 0..threads {
             let (shared, reports) = (Arc::clone(&shared), reports.clone());
-            thread::Builder::new().name(format!("pillion-copy-{index}")).spawn(move || work(&shared, &reports))?;
+            thread::Builder::new()
+                .name(format!("pillion-copy-{index}"))
+                .spawn(move || work(&shared, &reports))?;
         }
         Ok(Self { shared })
     }

@@ -182,9 +182,8 @@ impl Driver {
         out: UnboundedSender<Vec<u8>>,
     ) -> Result<(SessionId, Tables), ShmError> {
         let system = |errno| ShmError::System { call: "dup", errno };
-        let duplicate = |memfd: &pillion_shm::Memfd| {
-            rustix::io::fcntl_dupfd_cloexec(memfd.fd(), 0).map_err(system)
-        };
+        let duplicate =
+            |memfd: &pillion_shm::Memfd| rustix::io::fcntl_dupfd_cloexec(memfd.fd(), 0).map_err(system);
         let name = Arc::clone(&tenant.name);
         if role != Role::Observer && !self.tables.contains_key(&name) {
             self.tables.insert(Arc::clone(&name), TableWriter::create(self.presence_slots)?);
@@ -339,7 +338,13 @@ impl Driver {
         None
     }
 
-    fn copy(&mut self, session: SessionId, job: JobId, direction: Direction, items: Vec<pillion_core::CopyItem>) {
+    fn copy(
+        &mut self,
+        session: SessionId,
+        job: JobId,
+        direction: Direction,
+        items: Vec<pillion_core::CopyItem>,
+    ) {
         let Some(live) = self.sessions.get_mut(&session) else { return };
         let Some(copier) = live.copier.clone() else { return };
         let cancelled = Arc::new(AtomicBool::new(false));

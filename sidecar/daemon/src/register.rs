@@ -92,8 +92,9 @@ pub fn namespace(keys: &[String], values: &[String]) -> Option<Namespace> {
 /// The reason, for the peer.
 pub fn register(message: &wire::Register, fd: Option<OwnedFd>, peer: Peer) -> Result<Registered, Refused> {
     let malformed = |text: &str| Refused::new(wire::Reason::Malformed, text);
-    let cache = describe(message)
-        .ok_or_else(|| malformed("expected columns of equal length that name every layer once, got others"))?;
+    let cache = describe(message).ok_or_else(|| {
+        malformed("expected columns of equal length that name every layer once, got others")
+    })?;
     let namespace = namespace(&message.keys, &message.values)
         .ok_or_else(|| malformed("expected 1 to 256 namespace fields with different names, got others"))?;
     let layout = vllm::layout(&cache).map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?;
@@ -110,11 +111,16 @@ pub fn register(message: &wire::Register, fd: Option<OwnedFd>, peer: Peer) -> Re
     Ok(Registered { copier, registration, layout: message.layout.clone(), canary })
 }
 
-fn memory(message: &wire::Register, fd: Option<OwnedFd>, peer: Peer) -> Result<Arc<dyn EngineMemory>, Refused> {
+fn memory(
+    message: &wire::Register,
+    fd: Option<OwnedFd>,
+    peer: Peer,
+) -> Result<Arc<dyn EngineMemory>, Refused> {
     let refused = |text: String| Refused::new(wire::Reason::Memory, text);
     match (message.way, fd) {
         (wire::Way::Memfd, Some(fd)) => {
-            let memfd = Memfd::adopt(fd, Seal::Size, message.memory_bytes).map_err(|e| refused(e.to_string()))?;
+            let memfd =
+                Memfd::adopt(fd, Seal::Size, message.memory_bytes).map_err(|e| refused(e.to_string()))?;
             let map = memfd.map(Access::ReadWrite).map_err(|error| refused(error.to_string()))?;
             Ok(Arc::new(MemfdMemory::new(map)))
         }
@@ -137,11 +143,16 @@ fn compare(message: &wire::Register, copier: &BlockCopier, layout: &Layout) -> R
         return if message.canary_checked {
             Ok("compared earlier")
         } else {
-            Err(Refused::new(wire::Reason::Canary, "expected the layout canary, or proof that it was compared: restart the engine"))
+            Err(Refused::new(
+                wire::Reason::Canary,
+                "expected the layout canary, or proof that it was compared: restart the engine",
+            ))
         };
     }
     canary_check(message.canary_seed, layout.shape(), &record).map_err(|mismatch| {
-        let text = format!("the engine's blocks are not where its declared layout puts them: {mismatch}; it runs uncached");
+        let text = format!(
+            "the engine's blocks are not where its declared layout puts them: {mismatch}; it runs uncached"
+        );
         Refused::new(wire::Reason::Canary, text)
     })?;
     Ok("compared")

@@ -14,7 +14,8 @@ pub fn json(driver: &Driver, shared: &Shared) -> String {
         sidecar: SidecarStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            supervisor_pid: rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
+            supervisor_pid: rustix::process::getppid()
+                .map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs()),
             generation: driver.generation().iter().map(|byte| format!("{byte:02x}")).collect(),
             uptime_seconds: shared.started.elapsed().as_secs(),
             device: shared.config.device.clone(),

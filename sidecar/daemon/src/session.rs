@@ -64,16 +64,12 @@ pub struct Shared {
 pub async fn run(stream: UnixStream, shared: Rc<Shared>) {
     let peer = match pidfd::peer(&stream) {
         Ok(peer) => peer,
-        Err(errno) => return tracing::warn!("a client whose credentials cannot be read was dropped: {errno}"),
+        Err(errno) => {
+            return tracing::warn!("a client whose credentials cannot be read was dropped: {errno}");
+        }
     };
-    let mut connection = Connection {
-        stream,
-        frames: Frames::default(),
-        passed: VecDeque::new(),
-        peer,
-        shared,
-        strikes: 0,
-    };
+    let mut connection =
+        Connection { stream, frames: Frames::default(), passed: VecDeque::new(), peer, shared, strikes: 0 };
     match timeout(HELLO_MAX, connection.hello()).await {
         Ok(Some((session, outgoing))) => connection.serve(session, outgoing).await,
         Ok(None) => {}
@@ -149,10 +145,14 @@ impl Connection {
     fn admit(
         &self,
         hello: &wire::Hello,
-    ) -> Result<(SessionId, UnboundedReceiver<Vec<u8>>, wire::Welcome, Vec<OwnedFd>), (wire::Reason, String)> {
+    ) -> Result<(SessionId, UnboundedReceiver<Vec<u8>>, wire::Welcome, Vec<OwnedFd>), (wire::Reason, String)>
+    {
         let Shared { config, secret, driver, .. } = &*self.shared;
         if hello.major != MAJOR {
-            let text = format!("expected protocol version {MAJOR}, the client speaks {}: install the same version of pillion on both sides", hello.major);
+            let text = format!(
+                "expected protocol version {MAJOR}, the client speaks {}: install the same version of pillion on both sides",
+                hello.major
+            );
             return Err((wire::Reason::Version, text));
         }
         let denied = |denied: crate::config::Denied| (wire::Reason::Denied, denied.to_string());
@@ -168,7 +168,10 @@ impl Connection {
         }
         let mut driver = driver.borrow_mut();
         if driver.session_count() as u64 >= config.max_sessions {
-            let text = format!("expected at most {} sessions (max_sessions): detach one or raise it", config.max_sessions);
+            let text = format!(
+                "expected at most {} sessions (max_sessions): detach one or raise it",
+                config.max_sessions
+            );
             return Err((wire::Reason::Busy, text));
         }
         let key = TenantKey::new(*secret.tenant_key(&tenant).as_bytes());
@@ -178,7 +181,15 @@ impl Connection {
         let (session, tables) = driver
             .admit(role, self.peer, engine, tenant, out)
             .map_err(|error| (wire::Reason::Busy, error.to_string()))?;
-        tracing::info!(session = session.0, ?role, pid = self.peer.pid, uid = self.peer.uid, engine = hello.engine_id, version = hello.client_version, "attached");
+        tracing::info!(
+            session = session.0,
+            ?role,
+            pid = self.peer.pid,
+            uid = self.peer.uid,
+            engine = hello.engine_id,
+            version = hello.client_version,
+            "attached"
+        );
         let welcome = wire::Welcome {
             major: MAJOR,
             minor: MINOR,
@@ -272,12 +283,11 @@ impl Connection {
     fn receive(&mut self) -> Result<bool, Errno> {
         let mut buffer = [0u8; 65536];
         let Self { stream, passed, frames, .. } = self;
-        let received = stream.try_io(Interest::READABLE, || {
-            match fds::receive(&*stream, &mut buffer, passed)? {
+        let received =
+            stream.try_io(Interest::READABLE, || match fds::receive(&*stream, &mut buffer, passed)? {
                 Received::Nothing => Err(std::io::ErrorKind::WouldBlock.into()),
                 other => Ok(other),
-            }
-        });
+            });
         match received {
             Ok(Received::Bytes(count)) => {
                 frames.push(&buffer[..count]);
@@ -300,7 +310,11 @@ impl Connection {
     }
 
     /// One frame. An error ends the session.
-    fn take(&mut self, session: SessionId, next: Result<frame::Frame, pillion_protocol::FrameError>) -> Result<(), String> {
+    fn take(
+        &mut self,
+        session: SessionId,
+        next: Result<frame::Frame, pillion_protocol::FrameError>,
+    ) -> Result<(), String> {
         let frame = match next {
             Ok(frame) => frame,
             Err(error) if error.is_fatal() => return Err(error.to_string()),
@@ -370,7 +384,12 @@ impl Connection {
                 space: space(&save.space)?,
                 parent: match save.parent.len() {
                     0 => None,
-                    _ => Some(save.parent.as_slice().try_into().map_err(|_| "expected a parent hash of 0 or 32 bytes")?),
+                    _ => Some(
+                        save.parent
+                            .as_slice()
+                            .try_into()
+                            .map_err(|_| "expected a parent hash of 0 or 32 bytes")?,
+                    ),
                 },
                 hashes: hashes(&save.hashes)?,
                 blocks: save.blocks,
@@ -413,11 +432,17 @@ impl Connection {
                 driver.registered(session, message.request, registered);
             }
             Err(refused) => {
-                tracing::warn!(session = session.0, pid = self.peer.pid, "registration refused: {}", refused.text);
+                tracing::warn!(
+                    session = session.0,
+                    pid = self.peer.pid,
+                    "registration refused: {}",
+                    refused.text
+                );
                 if let Some(live) = driver.live(session) {
                     live.view.refused = Some(refused.text.clone());
                 }
-                let answer = wire::Refused { request: message.request, reason: refused.reason, text: refused.text };
+                let answer =
+                    wire::Refused { request: message.request, reason: refused.reason, text: refused.text };
                 driver.send(session, &Message::Refused(answer));
                 drop(driver);
                 self.count(refused.reason);
@@ -428,7 +453,11 @@ impl Connection {
 
 fn hashes(bytes: &[u8]) -> Result<Vec<[u8; 32]>, String> {
     let (hashes, rest) = bytes.as_chunks::<32>();
-    if rest.is_empty() { Ok(hashes.to_vec()) } else { Err(format!("expected hashes of 32 bytes, got {} bytes", bytes.len())) }
+    if rest.is_empty() {
+        Ok(hashes.to_vec())
+    } else {
+        Err(format!("expected hashes of 32 bytes, got {} bytes", bytes.len()))
+    }
 }
 
 fn job(bytes: &[u8]) -> Result<JobId, String> {
@@ -440,7 +469,8 @@ fn lease(bytes: &[u8]) -> Result<LeaseId, String> {
 }
 
 fn space(bytes: &[u8]) -> Result<NamespaceId, String> {
-    NamespaceId::from_slice(bytes).ok_or_else(|| format!("expected a namespace id of 16 bytes, got {}", bytes.len()))
+    NamespaceId::from_slice(bytes)
+        .ok_or_else(|| format!("expected a namespace id of 16 bytes, got {}", bytes.len()))
 }
 
 fn deadline(milliseconds: u32) -> u64 {

@@ -89,7 +89,8 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
     places.prepare(config.admits_other_users())?;
     let secret = ClusterSecret::open_or_create(&places.secret())?;
     let available = machine::available_memory_bytes().context("cannot read the available memory")?;
-    let pool_bytes = config.host_pool.resolve(available) / pillion_core::CHUNK_BYTES * pillion_core::CHUNK_BYTES;
+    let pool_bytes =
+        config.host_pool.resolve(available) / pillion_core::CHUNK_BYTES * pillion_core::CHUNK_BYTES;
     anyhow::ensure!(
         pool_bytes > 0,
         "expected a host pool of at least {} bytes, got {}: raise host_pool",
@@ -99,7 +100,8 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
     let pool = Arc::new(HostPool::create(pool_bytes).context("cannot make the host pool")?);
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"), SystemTime::now()));
     let (reports, mut copied) = mpsc::unbounded_channel();
-    let copiers = Copiers::start(config.copy_threads, pool, &reports).context("cannot start the copy threads")?;
+    let copiers =
+        Copiers::start(config.copy_threads, pool, &reports).context("cannot start the copy threads")?;
     let generation = random()?;
     let core = Core::new(Limits {
         pool_bytes,
@@ -121,7 +123,8 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         generation,
         restarts,
     })));
-    let shown = Arc::new(Shown { metrics, listening: AtomicBool::new(false), draining: AtomicBool::new(false) });
+    let shown =
+        Arc::new(Shown { metrics, listening: AtomicBool::new(false), draining: AtomicBool::new(false) });
     let (stop_http, stopped) = tokio::sync::oneshot::channel::<()>();
     let http = listen_http(&config, &shown, stopped).await?;
     let shared = Rc::new(session::Shared {
@@ -196,7 +199,8 @@ fn write_pid(path: &Path) -> Result<()> {
 /// that nobody else serves it.
 fn bind(path: &Path, others: bool) -> Result<(UnixListener, (u64, u64))> {
     let _ = std::fs::remove_file(path);
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     let mode = if others { 0o666 } else { 0o600 };
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     let found = std::fs::metadata(path)?;

@@ -87,7 +87,9 @@ impl Rig {
                     self.leased.insert(request, (lease, blocks));
                 }
                 Action::TableSet { tenant, key } => assert!(self.present.insert((tenant, key)), "set twice"),
-                Action::TableRemove { tenant, key } => assert!(self.present.remove(&(tenant, key)), "not there"),
+                Action::TableRemove { tenant, key } => {
+                    assert!(self.present.remove(&(tenant, key)), "not there")
+                }
                 Action::SessionEnded { session } => self.ended.push(session),
                 Action::ProtocolError { text, .. } => self.errors.push(text),
                 Action::Drained => self.drained = true,
@@ -102,7 +104,13 @@ impl Rig {
         let mut attach = |role| {
             self.sessions += 1;
             let session = SessionId(self.sessions);
-            self.apply(Event::Attached { session, role, engine: name.into(), uid: 7, tenant: tenant.clone() });
+            self.apply(Event::Attached {
+                session,
+                role,
+                engine: name.into(),
+                uid: 7,
+                tenant: tenant.clone(),
+            });
             session
         };
         let (scheduler, worker) = (attach(Role::Scheduler), attach(Role::Worker));
@@ -406,7 +414,17 @@ fn jobs_that_no_correct_client_submits_are_answered_and_counted() {
         let job = JobId(u128::from(rig.jobs).to_le_bytes());
         let (session, space) = (engine.worker, engine.space);
         let hashes = vec![hash(1); hashes];
-        let save = Event::Save { session, job, space, parent: None, hashes, blocks, word: 0, tag: 0, deadline_ns: 1 };
+        let save = Event::Save {
+            session,
+            job,
+            space,
+            parent: None,
+            hashes,
+            blocks,
+            word: 0,
+            tag: 0,
+            deadline_ns: 1,
+        };
         rig.apply(save);
         assert_eq!(rig.last(), (job, Outcome::Failed, true, 0));
     };
@@ -435,7 +453,11 @@ fn step() -> impl Strategy<Value = Step> {
         (engine.clone(), start.clone(), count.clone(), proptest::bool::weighted(0.2)).prop_map(
             |(engine, start, count, revoked)| Step::Save { engine, start: start * 10, count, revoked }
         ),
-        (engine.clone(), start, count).prop_map(|(engine, start, count)| Step::Lease { engine, start: start * 10, count }),
+        (engine.clone(), start, count).prop_map(|(engine, start, count)| Step::Lease {
+            engine,
+            start: start * 10,
+            count
+        }),
         (0usize..16, 0u32..3).prop_map(|(pick, skip)| Step::Load { pick, skip }),
         (0usize..16).prop_map(|pick| Step::Release { pick }),
         proptest::bool::weighted(0.2).prop_map(|bad| Step::Copy { bad }),
