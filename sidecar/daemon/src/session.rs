@@ -6,7 +6,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     rc::Rc,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use pillion_core::{Event, JobId, LeaseId, NamespaceId, Role, SessionId, Tenant, TenantKey};
@@ -373,8 +373,11 @@ impl Connection {
                 Event::OpenNamespace { session, request: open.request, namespace, epoch: open.epoch }
             }
             Message::Lease(lease) => {
-                let hashes = hashes(&lease.hashes)?;
-                Event::Lease { session, request: lease.request, space: space(&lease.space)?, hashes }
+                let (hashes, begun) = (hashes(&lease.hashes)?, Instant::now());
+                let space = space(&lease.space)?;
+                driver.apply(Event::Lease { session, request: lease.request, space, hashes });
+                driver.metrics.lease_answered(begun.elapsed());
+                return Ok(());
             }
             Message::Renew(renew) => Event::Renew { session, lease: self::lease(&renew.lease)? },
             Message::Release(release) => Event::Release { session, lease: self::lease(&release.lease)? },

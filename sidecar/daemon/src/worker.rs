@@ -7,7 +7,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
 };
@@ -15,6 +15,7 @@ use std::{
 use anyhow::{Context, Result};
 use pillion_core::{Core, Limits};
 use pillion_cuda::HostPool;
+use pillion_shm::clock;
 use tokio::{
     io::AsyncReadExt,
     net::{UnixListener, unix::pipe},
@@ -39,12 +40,17 @@ use crate::{
 /// How often the worker looks whether its socket is still there, beats, and updates metrics.
 const LOOK: Duration = Duration::from_millis(250);
 
+/// A core that has not ticked for so long does not serve.
+const TICKING_NS: u64 = 1_000_000_000;
+
 /// Readiness and metrics for HTTP.
 #[derive(Debug)]
 struct Shown {
     metrics: Arc<Metrics>,
     listening: AtomicBool,
     draining: AtomicBool,
+    /// When the core last ticked, in ns of the monotonic clock.
+    ticked_ns: AtomicU64,
 }
 
 impl http::Shown for Shown {
@@ -53,9 +59,12 @@ impl http::Shown for Shown {
     }
 
     fn missing(&self) -> Vec<&'static str> {
+        let silent_ns = clock::monotonic_ns().saturating_sub(self.ticked_ns.load(Ordering::Acquire));
         let latches = [
+            // Nothing is served before the pool is mapped; this state is made after it.
+            ("pool ready", true),
             ("socket listening", self.listening.load(Ordering::Acquire)),
-            ("core ticking", !self.draining.load(Ordering::Acquire)),
+            ("core ticking", silent_ns < TICKING_NS && !self.draining.load(Ordering::Acquire)),
         ];
         latches.into_iter().filter(|(_, there)| !there).map(|(name, _)| name).collect()
     }
@@ -123,8 +132,12 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         generation,
         restarts,
     })));
-    let shown =
-        Arc::new(Shown { metrics, listening: AtomicBool::new(false), draining: AtomicBool::new(false) });
+    let shown = Arc::new(Shown {
+        metrics,
+        listening: AtomicBool::new(false),
+        draining: AtomicBool::new(false),
+        ticked_ns: AtomicU64::new(0),
+    });
     let (stop_http, stopped) = tokio::sync::oneshot::channel::<()>();
     let http = listen_http(&config, &shown, stopped).await?;
     let shared = Rc::new(session::Shared {
@@ -143,13 +156,14 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
             ready.borrow_mut().copied(report);
         }
     });
-    let ticking = Rc::clone(&driver);
+    let (ticking, ticked) = (Rc::clone(&driver), Arc::clone(&shown));
     let mut stamps = interval(shared.config.table_stamp());
     stamps.set_missed_tick_behavior(MissedTickBehavior::Delay);
     tokio::task::spawn_local(async move {
         loop {
             stamps.tick().await;
             ticking.borrow_mut().tick();
+            ticked.ticked_ns.store(clock::monotonic_ns(), Ordering::Release);
         }
     });
     tracing::info!(
