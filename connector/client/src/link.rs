@@ -26,6 +26,7 @@ use rustix::{
 };
 
 use crate::{
+    affinity,
     launch::Launcher,
     outbox::{NotSent, Outbox},
 };
@@ -158,6 +159,7 @@ impl Runner {
     }
 
     fn run(mut self) {
+        affinity::widen();
         let mut backoff = BACKOFF_MIN;
         while !self.stopped() {
             match self.attach() {
@@ -232,10 +234,10 @@ impl Runner {
                 return Err(format!("no answer to the attach within {} s", ATTACH_MAX.as_secs()));
             }
             poll(&mut [PollFd::new(&*connection.socket, PollFlags::IN)], left);
-            if !connection.receive()? {
-                return Err("the sidecar closed the connection during the attach".into());
-            }
+            // Its last words may have come together with the end: they say why.
+            let open = connection.receive()?;
             match connection.next()? {
+                None if !open => return Err("the sidecar closed the connection during the attach".into()),
                 None => {}
                 Some((Message::Welcome(welcome), fds)) => {
                     if welcome.major != MAJOR {

@@ -350,6 +350,12 @@ impl State {
     fn complete(&mut self, completion: Completion) {
         let Completion { job, outcome, quiesced, blocks } = completion;
         let Some(running) = self.jobs.get_mut(&job) else { return };
+        if let (What::Save { slot, tag }, false) = (running.what, quiesced) {
+            // The sidecar saw the deadline before we did: ours to end, as in `expire`. A copy that hangs
+            // would otherwise hold the source blocks for good.
+            self.end_save(job, slot, tag);
+            return;
+        }
         let outcome = if running.reported { Outcome::None } else { outcome };
         running.reported |= outcome != Outcome::None;
         if quiesced {
