@@ -21,7 +21,7 @@ use tokio::{
     io::Interest,
     net::UnixStream,
     sync::mpsc::{self, UnboundedReceiver},
-    time::{MissedTickBehavior, interval, timeout},
+    time::{MissedTickBehavior, error::Elapsed, interval, timeout},
 };
 
 use crate::{
@@ -40,6 +40,11 @@ const BYE_MAX: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(100);
 /// Malformed messages after which a session is closed.
 const STRIKES_MAX: u32 = 3;
+/// Connections that may be introducing themselves at a time (I8): they are no sessions yet, but take descriptors.
+const GREETINGS_MAX: usize = 256;
+/// Descriptors that may wait for the frame that announces them (I8).
+const LOOSE_FDS_MAX: usize = 16;
+const LOOSE_FDS: &str = "expected file descriptors only with the frames that announce them";
 
 /// What all sessions share.
 #[derive(Debug)]
@@ -58,10 +63,40 @@ pub struct Shared {
     pub socket: std::path::PathBuf,
     /// When this process started.
     pub started: std::time::Instant,
+    /// Connections that have not introduced themselves.
+    pub greetings: Cell<usize>,
+}
+
+/// A place among the connections that have not introduced themselves.
+#[derive(Debug)]
+pub struct Greeting(Rc<Shared>);
+
+impl Greeting {
+    /// A place, if there is one; otherwise the client is told, as far as it listens.
+    pub fn begin(stream: &UnixStream, shared: &Rc<Shared>) -> Option<Self> {
+        let taken = shared.greetings.get();
+        if taken < GREETINGS_MAX {
+            shared.greetings.set(taken + 1);
+            return Some(Self(Rc::clone(shared)));
+        }
+        let text = format!(
+            "expected at most {GREETINGS_MAX} clients that introduce themselves at a time: try again"
+        );
+        let refused = Message::Refused(wire::Refused { request: 0, reason: wire::Reason::Busy, text });
+        let _ = stream.try_write(&frame::encode(&refused, 0));
+        shared.driver.borrow().metrics.refused(Refusal::Busy);
+        None
+    }
+}
+
+impl Drop for Greeting {
+    fn drop(&mut self) {
+        self.0.greetings.set(self.0.greetings.get() - 1);
+    }
 }
 
 /// Serves one connection until it ends.
-pub async fn run(stream: UnixStream, shared: Rc<Shared>) {
+pub async fn run(stream: UnixStream, greeting: Greeting, shared: Rc<Shared>) {
     let peer = match pidfd::peer(&stream) {
         Ok(peer) => peer,
         Err(errno) => {
@@ -70,7 +105,9 @@ pub async fn run(stream: UnixStream, shared: Rc<Shared>) {
     };
     let mut connection =
         Connection { stream, frames: Frames::default(), passed: VecDeque::new(), peer, shared, strikes: 0 };
-    match timeout(HELLO_MAX, connection.hello()).await {
+    let greeted = connection.greet().await;
+    drop(greeting);
+    match greeted {
         Ok(Some((session, outgoing))) => connection.serve(session, outgoing).await,
         Ok(None) => {}
         Err(_) => tracing::info!(pid = peer.pid, "a client did not introduce itself in time and was dropped"),
@@ -93,6 +130,14 @@ enum End {
 }
 
 impl Connection {
+    /// Users who may not come in are told before a byte of theirs is read; the others have a little time.
+    async fn greet(&mut self) -> Result<Option<(SessionId, UnboundedReceiver<Vec<u8>>)>, Elapsed> {
+        if let Err(denied) = self.shared.config.uid_allowed(self.peer.uid) {
+            return Ok(self.turn_away(wire::Reason::Denied, denied.to_string()).await);
+        }
+        timeout(HELLO_MAX, self.hello()).await
+    }
+
     /// The first frame must be a hello that may come in.
     async fn hello(&mut self) -> Option<(SessionId, UnboundedReceiver<Vec<u8>>)> {
         let hello = loop {
@@ -110,6 +155,9 @@ impl Connection {
             self.stream.readable().await.ok()?;
             if !self.receive().ok()? {
                 return None;
+            }
+            if self.passed.len() > LOOSE_FDS_MAX {
+                return self.turn_away(wire::Reason::Malformed, LOOSE_FDS.into()).await;
             }
         };
         match self.admit(&hello) {
@@ -156,7 +204,6 @@ impl Connection {
             return Err((wire::Reason::Version, text));
         }
         let denied = |denied: crate::config::Denied| (wire::Reason::Denied, denied.to_string());
-        config.uid_allowed(self.peer.uid).map_err(denied)?;
         let tenant = config.tenant_allowed(&hello.tenant, self.peer.uid).map_err(denied)?;
         let role = match hello.role {
             wire::Role::Scheduler => Role::Scheduler,
@@ -252,6 +299,8 @@ impl Connection {
                 ready = self.stream.readable() => {
                     if ready.is_err() { return End::Closed; }
                     match self.receive() {
+                        // Before the frame is whole: one that never ends could bring any number of them.
+                        Ok(true) if self.passed.len() > LOOSE_FDS_MAX => return End::Dropped(LOOSE_FDS.into()),
                         Ok(true) => {}
                         Ok(false) => return End::Closed,
                         Err(errno) => return End::Dropped(format!("the connection broke: {errno}")),
@@ -325,10 +374,6 @@ impl Connection {
             return Err(format!("expected {count} file descriptors, got {}", self.passed.len()));
         }
         let fds: Vec<OwnedFd> = self.passed.drain(..count).collect();
-        // Descriptors that no frame announced would pile up.
-        if self.passed.len() > 16 {
-            return Err("expected file descriptors only with the frames that announce them".into());
-        }
         match self.handle(session, frame.message, fds) {
             Ok(()) => Ok(()),
             Err(text) => self.strike(session, text),

@@ -148,6 +148,7 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         http,
         socket: places.socket.clone(),
         started,
+        greetings: std::cell::Cell::new(0),
     });
     write_pid(&places.worker_pid())?;
     let ready = Rc::clone(&driver);
@@ -241,8 +242,11 @@ async fn accept(shared: &Rc<session::Shared>, shown: &Arc<Shown>, path: &Path) -
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
+                // Counted here: connections are accepted faster than their tasks run.
                 Ok((stream, _)) => {
-                    tokio::task::spawn_local(session::run(stream, Rc::clone(shared)));
+                    if let Some(greeting) = session::Greeting::begin(&stream, shared) {
+                        tokio::task::spawn_local(session::run(stream, greeting, Rc::clone(shared)));
+                    }
                 }
                 // Out of descriptors, most likely: the next look comes first.
                 Err(error) => {
