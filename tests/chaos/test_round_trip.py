@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+
 from chaos.conftest import World
 from chaos.engine import CANCELLED, DONE, FAILED, Shape, Traffic, chain
 from chaos.sidecar import until
@@ -202,13 +203,12 @@ def test_a_pool_full_of_leases_takes_no_save_and_recovers(world: World) -> None:
     assert len(engine.must_load(chain("c", 100)).hashes) == 100
 
 
-def test_a_lease_ends_by_itself_when_its_engine_forgets_it(world: World) -> None:
+def test_a_lease_in_use_is_renewed_and_given_back_with_its_job(world: World) -> None:
     sidecar = world.sidecar(lease_seconds=1)
     engine = world.engine(sidecar)
     prompt = chain("a", 8)
     engine.must_save(prompt)
-    # The client renews what it has a ticket for; a stopped renewal is one of a stopped engine: test_hostile
-    # leaves leases behind over a raw socket. Here the ticket is in use for three lease times.
+    # For more than two lease times the client renews what it has a ticket for.
     ticket, granted, lease = engine.lease(prompt)
     engine.scheduler.lease_used(ticket)
     used = time.monotonic()
@@ -219,6 +219,21 @@ def test_a_lease_ends_by_itself_when_its_engine_forgets_it(world: World) -> None
     assert engine.wait(engine.load_leased(prompt[:granted], ticket, lease)).outcome == DONE
     until(lambda: sidecar.status()["leases"]["held"] == 0, "the lease to be given back")
     assert sidecar.status()["leases"]["expired"] == 0
+
+
+def test_a_lease_that_is_given_back_before_it_is_granted_does_not_stay(world: World) -> None:
+    sidecar = world.sidecar()
+    engine = world.engine(sidecar)
+    prompt = chain("a", 8)
+    engine.must_save(prompt)
+    with sidecar.stopped():
+        tickets = [engine.scheduler.lease(b"".join(prompt)) for _ in range(5)]
+        assert all(tickets)
+        for ticket in tickets:
+            engine.release(ticket)
+            assert engine.scheduler.lease_poll(ticket) == (0, b"")
+    until(lambda: sidecar.status()["leases"]["granted"] == 5, "the sidecar to answer")
+    until(lambda: sidecar.status()["leases"]["held"] == 0, "them to be given back", 3)
 
 
 def test_many_engines_of_both_ways_share_one_sidecar(world: World) -> None:

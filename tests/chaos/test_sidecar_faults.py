@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+
 from chaos.conftest import World
 from chaos.engine import CANCELLED, DONE, FAILED, FakeEngine, Traffic, chain
 from chaos.sidecar import ended, process_state, until
@@ -125,12 +126,12 @@ def test_a_stopped_sidecar_fails_jobs_at_their_deadline_and_holds_their_blocks(w
             assert granted == 20
             loads.append(engine.load_leased(prompt, ticket, lease, deadline_ms=400))
             save = engine.save(chain("b", 20), deadline_ms=300)
-            engine.wait_for(lambda save=save: save.quiesced, "the save's end")
-            assert save.outcome == CANCELLED, "taken back: its source blocks are free"
-            until(lambda engine=engine: engine.lookup(prompt) == 0, "the table to be stale", 2)
+            assert engine.wait(save).outcome == CANCELLED, "taken back: its source blocks are free"
+            begun = time.monotonic()
+            while engine.lookup(prompt):
+                assert time.monotonic() < begun + 1, "the table of a stopped sidecar still promises"
         for engine, load in zip(engines, loads, strict=True):
-            engine.wait_for(lambda load=load: load.outcome is not None, "the load's end")
-            assert load.outcome == FAILED
+            assert engine.wait_end(load).outcome == FAILED
             assert load.ended_at - load.submitted < load.deadline + 0.25
         # As long as it is stopped: held, and nobody waits.
         stop = time.monotonic() + 2.0
@@ -138,8 +139,7 @@ def test_a_stopped_sidecar_fails_jobs_at_their_deadline_and_holds_their_blocks(w
             for engine, load in zip(engines, loads, strict=True):
                 engine.poll()
                 assert not load.quiesced and engine.worker.unquiesced() == 1
-                refused = engine.save(chain("c", 4), deadline_ms=200)
-                engine.wait_for(lambda refused=refused: refused.quiesced, "the end of a save", 11)
+                assert engine.wait(engine.save(chain("c", 4), deadline_ms=200)).outcome == CANCELLED
             time.sleep(0.05)
         assert all(engine.worker.counters()["kills"] == 0 for engine in engines)
     for engine in engines:
@@ -176,8 +176,7 @@ def test_the_supervisor_kills_a_worker_that_is_mute_and_the_holds_end(world: Wor
     before = engine.attaches()
     with sidecar.stopped(supervisor=False) as worker:
         load = engine.load_leased(prompt, ticket, lease, deadline_ms=200)
-        engine.wait_for(lambda: load.outcome is not None, "the deadline")
-        assert load.outcome == FAILED and not load.quiesced
+        assert engine.wait_end(load).outcome == FAILED and not load.quiesced
         engine.wait(load, 6)
         assert process_state(worker) in ("", "Z"), "a hold ends with the process, not before"
     engine.await_again(before)

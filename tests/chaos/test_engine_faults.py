@@ -1,0 +1,192 @@
+"""Engines die, give up and are late: nothing of theirs stays, and nothing half-saved is served."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from chaos.conftest import World
+from chaos.engine import CANCELLED, DONE, FAILED, Traffic, chain
+from chaos.sidecar import Sidecar, until
+
+VICTIM = Path(__file__).with_name("victim.py")
+
+
+def spawn(sidecar: Sidecar, name: str, seed: int, way: str) -> subprocess.Popen[bytes]:
+    code = [sys.executable, str(VICTIM), str(sidecar.socket), name, str(seed), way]
+    return subprocess.Popen(
+        code, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+
+
+def leftovers(sidecar: Sidecar, names: list[str]) -> str:
+    """What the sidecar still has of these engines; "" if nothing."""
+    status = sidecar.status()
+    found = [f"session {s}" for s in status["sessions"] if s["engine_id"] in names]
+    maps = Path(f"/proc/{sidecar.worker_pid}/maps").read_text()
+    found += [f"mapping of {name}" for name in names if f"kv-{name} " in maps or f"kv-{name}\n" in maps]
+    if status["jobs"]["running"] or status["leases"]["held"] or status["pool"]["leased_bytes"]:
+        found.append(f"jobs {status['jobs']}, leases {status['leases']}, pool {status['pool']}")
+    return "; ".join(found)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_an_engine_killed_at_any_point_leaves_nothing_behind(world: World, seed: int) -> None:
+    """15 kills a seed. Its memfd is unmapped, its leases and jobs are gone, and what is served is right."""
+    chance = random.Random(seed)
+    sidecar = world.sidecar(host_pool="16MiB")
+    reader = world.engine(sidecar, "reader")
+    prompts = Traffic(reader, 0).prompts
+    killed = 0
+    for batch in range(5):
+        names = [f"victim-{seed}-{batch}-{index}" for index in range(3)]
+        ways = ["memfd", "memfd", "process_vm"]
+        victims = [
+            spawn(sidecar, name, chance.randrange(10**6), way) for name, way in zip(names, ways, strict=True)
+        ]
+        for victim in victims:
+            assert victim.stdout and victim.stdout.readline() == b"working\n"
+        maps = Path(f"/proc/{sidecar.worker_pid}/maps").read_text()
+        for victim, name, way in zip(victims, names, ways, strict=True):
+            assert victim.poll() is None, "it ended before it was killed"
+            assert (f"kv-{name} " in maps) == (way == "memfd"), "mapped while it lives"
+        for victim in victims:
+            time.sleep(chance.uniform(0, 0.05))
+            assert victim.poll() is None, "it ended before it was killed"
+            os.kill(victim.pid, signal.SIGKILL)
+            killed += 1
+        for victim in victims:
+            victim.wait()
+        gone = time.monotonic()
+        while rest := leftovers(sidecar, names):
+            assert time.monotonic() < gone + 3, rest
+        for prompt in prompts:
+            if count := reader.lookup(prompt):
+                assert len(reader.must_load(prompt).hashes) == count
+        until(lambda: sidecar.status()["pool"]["leased_bytes"] == 0, "the reader's leases to be given back")
+    assert killed == 15
+    status = sidecar.status()
+    assert status["tiers"][0]["blocks_saved"] > 0 and status["jobs"]["loads"]["done"] > 0
+    assert status["faults"]["checksum_failures"] == 0
+
+
+def test_an_engine_killed_while_the_sidecar_is_stopped_is_cleaned_up_afterwards(world: World) -> None:
+    sidecar = world.sidecar()
+    victim = spawn(sidecar, "victim", 5, "memfd")
+    assert victim.stdout and victim.stdout.readline() == b"working\n"
+    with sidecar.stopped():
+        time.sleep(0.1)
+        victim.kill()
+        victim.wait()
+    until(lambda: not leftovers(sidecar, ["victim"]), lambda: leftovers(sidecar, ["victim"]), 3)
+    reader = world.engine(sidecar, "reader")
+    for prompt in Traffic(reader, 0).prompts:
+        if reader.lookup(prompt):
+            reader.must_load(prompt)
+
+
+def test_a_stopped_engine_keeps_its_session_and_loses_its_leases(world: World) -> None:
+    sidecar = world.sidecar(lease_seconds=1)
+    victim = spawn(sidecar, "victim", 6, "memfd")
+    assert victim.stdout and victim.stdout.readline() == b"working\n"
+    victim.send_signal(signal.SIGSTOP)
+    until(lambda: sidecar.status()["leases"]["held"] == 0, "its leases to run out", 4)
+    until(lambda: sidecar.status()["jobs"]["running"] == 0, "its jobs to end", 4)
+    assert {s["engine_id"] for s in sidecar.sessions()} == {"victim"}
+    victim.send_signal(signal.SIGCONT)
+    time.sleep(0.2)
+    assert victim.poll() is None, "it goes on"
+    victim.kill()
+    victim.wait()
+    until(lambda: not leftovers(sidecar, ["victim"]), lambda: leftovers(sidecar, ["victim"]), 3)
+
+
+@pytest.mark.parametrize("way", ["memfd", "process_vm"])
+def test_a_save_that_is_taken_back_is_never_served_with_other_bytes(world: World, way: str) -> None:
+    """The source blocks are scribbled over as soon as the save has quiesced, whatever its deadline (I4)."""
+    sidecar = world.sidecar()
+    engine = world.engine(sidecar, way=way)
+    reader = world.engine(sidecar)
+    chance = random.Random(4)
+    seen = {DONE: 0, CANCELLED: 0, FAILED: 0}
+    for index in range(120):
+        prompt = chain(f"take-back-{index}", chance.randrange(1, 40))
+        # The deadlines from "at once" to "in time", many of them in the middle of the copy.
+        job = engine.save(prompt, deadline_ms=chance.choice([0, 0, 1, 1, 1, 2, 3, 5]))
+        wait = time.monotonic() + chance.uniform(0, 0.003)
+        while time.monotonic() < wait and not job.quiesced:
+            engine.poll()
+        engine.wait(job)
+        assert job.outcome
+        seen[job.outcome] += 1
+        if job.outcome == DONE:
+            # A save that ends by its deadline may be found a moment before its last block is.
+            until(lambda: reader.lookup(prompt) == len(prompt), "what is done to be there", 1)  # noqa: B023
+            reader.must_load(prompt)
+        elif reader.lookup(prompt):
+            raise AssertionError(f"served although it was taken back: {job}")
+    assert seen[DONE] > 5 and seen[CANCELLED] > 5, seen
+    engine.settle()
+    # Nothing of it turns up later.
+    until(lambda: sidecar.status()["jobs"]["running"] == 0, "the sidecar to be done with them")
+    for index in range(120):
+        prompt = chain(f"take-back-{index}", 1)
+        if reader.lookup(prompt):
+            reader.must_load(prompt)
+
+
+@pytest.mark.parametrize("way", ["memfd", "process_vm"])
+def test_a_load_that_is_late_ends_once_and_holds_its_blocks_until_nothing_writes_them(
+    world: World, way: str
+) -> None:
+    sidecar = world.sidecar()
+    engine = world.engine(sidecar, way=way)
+    prompt = chain("late", 60)
+    engine.must_save(prompt)
+    chance = random.Random(5)
+    seen = {DONE: 0, CANCELLED: 0, FAILED: 0}
+    for _ in range(150):
+        job = engine.load(prompt, deadline_ms=chance.choice([0, 0, 1, 1, 2, 3, 6]))
+        assert job
+        engine.wait(job)
+        assert job.outcome
+        seen[job.outcome] += 1
+    engine.settle()
+    assert seen[DONE] > 5 and seen[FAILED] > 5, seen
+    assert sidecar.status()["pool"]["leased_bytes"] == 0
+
+
+def test_more_jobs_than_the_sidecar_takes_end_all_the_same(world: World) -> None:
+    sidecar = world.sidecar()
+    engine = world.engine(sidecar)
+    engine.must_save(chain("a", 1))
+    jobs = [engine.save(chain(f"many-{index}", 1)) for index in range(250)]
+    engine.settle()
+    outcomes = {job.outcome for job in jobs}
+    assert outcomes <= {DONE, CANCELLED} and DONE in outcomes
+    # As many word slots as there were before: none leaks.
+    for round_ in range(8):
+        for index in range(200):
+            engine.save(chain(f"more-{round_}-{index}", 1), deadline_ms=0)
+        engine.settle()
+    assert engine.must_save(chain("last", 3)).blocks_done == 3
+
+
+def test_a_closed_client_detaches_at_once(world: World) -> None:
+    sidecar = world.sidecar()
+    engine = world.engine(sidecar)
+    engine.must_save(chain("a", 10))
+    engine.lease(chain("a", 10))
+    engine.scheduler.close()
+    engine.worker.close()
+    until(lambda: not sidecar.sessions(), "its sessions to end", 3)
+    until(lambda: sidecar.status()["pool"]["leased_bytes"] == 0, "its leases to end", 3)
+    assert engine.lookup(chain("a", 10)) == 0
+    assert engine.wait(engine.save(chain("b", 2)), 1).outcome == CANCELLED

@@ -1,0 +1,421 @@
+"""Hostile clients are answered or dropped, and an honest engine beside them saves and loads all the while."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from chaos import wire
+from chaos.conftest import World
+from chaos.engine import FakeEngine, Traffic, chain
+from chaos.sidecar import Sidecar, until
+from chaos.wire import Raw
+
+
+@contextlib.contextmanager
+def honest(world: World, sidecar: Sidecar) -> Iterator[Traffic]:
+    """An engine that works in a thread of its own, and has not noticed anything at the end."""
+    engine = world.engine(sidecar, "honest")
+    prompt = chain("honest", 10)
+    engine.must_save(prompt)
+    traffic, stop, trouble = Traffic(engine, 1), threading.Event(), list[BaseException]()
+    rounds = 0
+
+    def work() -> None:
+        nonlocal rounds
+        try:
+            while not stop.is_set():
+                traffic.step()
+                engine.must_load(prompt)
+                rounds += 1
+                time.sleep(0.001)
+        except BaseException as error:
+            trouble.append(error)
+
+    worker = sidecar.worker_pid
+    before = engine.attaches()
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield traffic
+    finally:
+        then = rounds
+        until(lambda: rounds > then + 3 or trouble, "the honest engine to go on")
+        stop.set()
+        thread.join()
+    if trouble:
+        raise trouble[0]
+    engine.settle()
+    assert engine.attaches() == before, "it never lost its connection"
+    assert sidecar.worker_pid == worker, "the sidecar never restarted"
+    until(
+        lambda: not [s for s in sidecar.sessions() if s["engine_id"] != "honest"],
+        "the hostile sessions to end",
+    )
+    status = sidecar.status()
+    assert status["pool"]["leased_bytes"] == 0 and status["leases"]["held"] == 0
+
+
+def descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def garbage(chance: random.Random) -> bytes:
+    return chance.randbytes(chance.choice([1, 7, 8, 64, 5000, 100_000]))
+
+
+def nonsense_payload(chance: random.Random) -> bytes:
+    kind = chance.randrange(0, 40)
+    return wire.frame(kind, chance.randbytes(chance.randrange(0, 300)))
+
+
+def flipped(chance: random.Random) -> bytes:
+    """A message as it should be, but for a few bits."""
+    space, job = bytes(16), chance.randbytes(16)
+    message = bytearray(
+        chance.choice(
+            [
+                wire.table(("Q", 1), ["model"], ["m"], b""),
+                wire.table(("Q", 2), space, chance.randbytes(64)),
+                wire.table(job, space, b"", chance.randbytes(64), b"\1\0\0\0", ("I", 5), ("Q", 6), ("I", 7)),
+                wire.table(("Q", 3)),
+            ]
+        )
+    )
+    for _ in range(chance.randrange(1, 6)):
+        message[chance.randrange(len(message))] ^= 1 << chance.randrange(8)
+    return wire.frame(chance.choice([wire.OPEN, wire.LEASE, wire.SAVE, wire.PING]), bytes(message))
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["before-hello", "in-session"])
+@pytest.mark.parametrize("make", [garbage, nonsense_payload, flipped])
+def test_random_bytes_are_answered_or_dropped(
+    world: World, make: Callable[[random.Random], bytes], attached: bool
+) -> None:
+    sidecar = world.sidecar()
+    chance = random.Random(f"{make.__name__}{attached}")
+    with honest(world, sidecar):
+        for index in range(40):
+            role = chance.choice([wire.SCHEDULER, wire.WORKER, wire.OBSERVER])
+            raw = Raw(sidecar.socket, wire.hello(role=role, engine=f"raw-{index}") if attached else b"")
+            if attached:
+                raw.expect(wire.WELCOME)
+            for _ in range(4):
+                raw.send(make(chance))
+            raw.socket.shutdown(1)
+            for kind, _ in raw.rest():
+                assert kind in (wire.REFUSED, wire.BYE, wire.PONG, wire.OPENED, wire.LEASED), kind
+            raw.close()
+
+
+def test_a_frame_that_is_too_long_is_refused_by_its_header(world: World) -> None:
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        for length in (4 * 2**20 + 1, 2**31, 2**32 - 1):
+            raw = Raw(sidecar.socket, wire.frame(wire.HELLO, b"", length=length))
+            assert b"expected a frame of at most" in raw.expect(wire.REFUSED)
+            assert raw.receive() is None
+            raw = Raw(sidecar.socket, wire.hello())
+            raw.expect(wire.WELCOME)
+            raw.send(wire.frame(wire.PING, b"", length=length))
+            assert b"expected a frame of at most" in raw.expect(wire.BYE)
+            assert raw.receive() is None
+
+
+def test_the_third_malformed_message_ends_the_session(world: World) -> None:
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        raw = Raw(sidecar.socket, wire.hello())
+        raw.expect(wire.WELCOME)
+        for _ in range(2):
+            raw.send(wire.frame(99, b"??"))
+            assert b"unknown message kind 99" in raw.expect(wire.REFUSED)
+            raw.send(wire.frame(wire.PING, wire.table(("Q", 5))))
+            raw.expect(wire.PONG)
+        raw.send(wire.frame(wire.SAVE, b"\xff" * 64))
+        assert b"3 malformed messages" in raw.expect(wire.BYE)
+        assert raw.receive() is None
+
+
+def test_another_protocol_version_is_refused_in_words(world: World) -> None:
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        for major in (0, 2, 65535):
+            raw = Raw(sidecar.socket, wire.hello(major=major))
+            text = raw.expect(wire.REFUSED)
+            assert f"the client speaks {major}".encode() in text and b"expected protocol version 1" in text
+            assert raw.receive() is None
+
+
+def test_a_first_message_that_is_no_hello_is_refused(world: World) -> None:
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        for first in (
+            wire.frame(wire.PING, wire.table(("Q", 1))),
+            wire.hello(engine=""),
+            wire.hello(engine="x" * 300),
+        ):
+            raw = Raw(sidecar.socket, first)
+            assert b"expected" in raw.expect(wire.REFUSED)
+            assert raw.receive() is None
+
+
+def test_a_client_that_says_nothing_or_half_a_hello_is_dropped_after_two_seconds(world: World) -> None:
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        begun = time.monotonic()
+        silent = [Raw(sidecar.socket, first) for first in (b"", b"\1", wire.hello()[:20])]
+        assert [raw.receive() for raw in silent] == [None] * 3
+        assert 1.5 < time.monotonic() - begun < 4
+
+
+def test_half_a_frame_in_a_session_holds_nobody_up(world: World) -> None:
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        half = [Raw(sidecar.socket, wire.hello(engine=f"half-{n}")) for n in range(20)]
+        for raw in half:
+            raw.expect(wire.WELCOME)
+            raw.send(wire.frame(wire.SAVE, bytes(3 << 20))[:-1])
+        time.sleep(0.3)
+        for raw in half:
+            raw.close()
+
+
+@pytest.mark.parametrize("attached", [False, True], ids=["before-hello", "in-session"])
+def test_a_flood_of_file_descriptors_is_cut_off(world: World, attached: bool) -> None:
+    sidecar = world.sidecar()
+    null = os.open("/dev/null", os.O_RDONLY)
+    with honest(world, sidecar):
+        worker = sidecar.worker_pid
+        before = descriptors(worker)
+        most = 0
+        for _ in range(3):
+            raw = Raw(sidecar.socket, wire.hello(role=wire.WORKER) if attached else b"", seconds=3)
+            if attached:
+                raw.expect(wire.WELCOME)
+            # One long frame that never ends, eight descriptors with each of its bytes.
+            raw.send(wire.frame(wire.SAVE if attached else wire.HELLO, b"", length=1 << 20))
+            for _ in range(300):
+                raw.send(b"x", [null] * 8)
+                most = max(most, descriptors(worker))
+            raw.socket.shutdown(1)
+            raw.rest()
+            raw.close()
+        assert most < before + 80, f"{most - before} descriptors piled up in the sidecar"
+        until(lambda: descriptors(worker) <= before, "the sidecar to close what it was sent")
+    os.close(null)
+
+
+def test_more_descriptors_than_a_message_may_carry_end_the_session(world: World) -> None:
+    sidecar = world.sidecar()
+    null = os.open("/dev/null", os.O_RDONLY)
+    with honest(world, sidecar):
+        for count, announced in ((200, 0), (1, 5), (0, 2), (4, 4), (8, 0)):
+            raw = Raw(sidecar.socket, wire.hello())
+            raw.expect(wire.WELCOME)
+            raw.send(wire.frame(wire.PING, wire.table(("Q", 1)), fds=announced), [null] * count)
+            raw.socket.shutdown(1)
+            assert {kind for kind, _ in raw.rest()} <= {wire.PONG, wire.BYE, wire.REFUSED}
+    os.close(null)
+
+
+def test_a_registration_with_the_wrong_memory_is_refused_with_the_reason(world: World) -> None:
+    """Unsealed, too small, no memfd at all, somebody else's: none of it brings the sidecar down."""
+    sidecar = world.sidecar()
+    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    os.ftruncate(unsealed, 1 << 20)
+    null = os.open("/dev/null", os.O_RDWR)
+    one = b"".join(n.to_bytes(8, "little") for n in (1,))
+
+    def register(way: int, base: int) -> bytes:
+        return wire.table(
+            *(("Q", 1), ["model"], ["m"], "LBHNC", "FullAttentionSpec", "float32", ("Q", 256), ("I", 16)),
+            *(("I", 1), ("I", 16), ("I", 256), ("Q", 4096), one, one, one, one, b"\1\0\0\0", ["l"]),
+            *(("B", way), ("Q", 1 << 20), ("Q", base), ("Q", 7), ("B", 1), ("B", 1)),
+        )
+
+    with honest(world, sidecar):
+        for fd in (unsealed, null, None):
+            for way, base in ((0, 0), (1, 0), (1, 2**64 - 4096)):
+                raw = Raw(sidecar.socket, wire.hello(role=wire.WORKER))
+                raw.expect(wire.WELCOME)
+                raw.send(
+                    wire.frame(wire.REGISTER, register(way, base), fds=int(fd is not None)),
+                    [fd] if fd else None,
+                )
+                raw.expect(wire.REFUSED)
+                raw.close()
+    os.close(unsealed)
+    os.close(null)
+
+
+def test_a_storm_of_connections_is_told_that_it_is_busy(world: World) -> None:
+    sidecar = world.sidecar(max_sessions=20)
+    with honest(world, sidecar):
+        storm = [Raw(sidecar.socket, wire.hello(engine=f"storm-{index}")) for index in range(200)]
+        answers = [raw.receive() for raw in storm]
+        welcome = [answer for answer in answers if answer and answer[0] == wire.WELCOME]
+        refused = [answer[1] for answer in answers if answer and answer[0] == wire.REFUSED]
+        assert len(welcome) + len(refused) == 200
+        assert len(welcome) <= 18, "two belong to the honest engine"
+        assert all(b"max_sessions" in text or b"introduce themselves" in text for text in refused)
+        for raw in storm:
+            raw.close()
+    assert world.engine(sidecar, "later").ready()
+
+
+def test_silent_connections_do_not_exhaust_the_sidecar(world: World) -> None:
+    """They are not sessions, and must be bounded all the same (I8)."""
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        worker = sidecar.worker_pid
+        silent: list[Raw] = []
+        most = 0
+        stop = time.monotonic() + 1.5
+        while len(silent) < 2000 and time.monotonic() < stop:
+            try:
+                silent.append(Raw(sidecar.socket))
+            except BlockingIOError:  # as many as may wait for their accept
+                time.sleep(0.002)
+            most = max(most, descriptors(worker)) if len(silent) % 20 == 0 else most
+        assert len(silent) > 600
+        assert most < 600, f"{most} descriptors open in the sidecar"
+        for raw in silent:
+            raw.close()
+        late = until(lambda: try_attach(sidecar), "a newcomer to get in")
+        late.close()
+
+
+def try_attach(sidecar: Sidecar) -> Raw | None:
+    raw = None
+    with contextlib.suppress(TimeoutError, AssertionError, OSError):
+        raw = Raw(sidecar.socket, wire.hello(engine="late"), seconds=1)
+        raw.expect(wire.WELCOME)
+        return raw
+    if raw:
+        raw.close()
+    return None
+
+
+def test_a_client_that_never_reads_is_dropped(world: World) -> None:
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        deaf = Raw(sidecar.socket, wire.hello(role=wire.OBSERVER), seconds=20)
+        query = wire.frame(18, wire.table(("Q", 1))) * 500
+        # Its own sending is held up only if the sidecar stops reading: both are an answer.
+        deaf.socket.settimeout(1)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(200):
+                try:
+                    deaf.socket.sendall(query)
+                except (BrokenPipeError, ConnectionResetError):
+                    break
+        until(lambda: "does not read" in sidecar.log.read_text(), "it to be dropped", 20)
+        deaf.close()
+
+
+def test_leases_that_a_client_leaves_behind_run_out(world: World) -> None:
+    sidecar = world.sidecar(lease_seconds=1)
+    with honest(world, sidecar) as traffic:
+        raw = Raw(sidecar.socket, wire.hello(engine="forgetful"))
+        raw.expect(wire.WELCOME)
+        names = {"model": "model-a", "dtype": "float32", "hash": "sha256"}
+        raw.send(wire.frame(wire.OPEN, wire.table(("Q", 1), list(names), list(names.values()), b"")))
+        opened = raw.expect(wire.OPENED)
+        space = traffic.engine.scheduler.namespace_id()
+        assert space and space in opened
+        hashes = b"".join(chain("honest", 10))
+        raw.send(wire.frame(wire.LEASE, wire.table(("Q", 2), space, hashes)))
+        raw.expect(wire.LEASED)
+        until(lambda: sidecar.status()["leases"]["expired"] >= 1, "the lease to run out", 4)
+        raw.close()
+
+
+IMPOSTOR = """
+import os, sys, time
+os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
+from pillion._native import SchedulerClient, WorkerClient
+options = dict(socket=sys.argv[2], engine_id=sys.argv[3], tenant=sys.argv[4], namespace={"model": "model-a", "dtype": "float32", "hash": "sha256"})
+scheduler, worker = SchedulerClient(**options), WorkerClient(**options)
+deadline = time.monotonic() + 10
+while time.monotonic() < deadline and not scheduler.ready() and "refused" not in scheduler.status():
+    time.sleep(0.01)
+print(scheduler.status(), scheduler.lookup(bytes.fromhex(sys.argv[5])), sep="|")
+"""
+
+
+def impostor(sidecar: Sidecar, uid: int, engine: str, tenant: str) -> str:
+    code = [
+        sys.executable,
+        "-c",
+        IMPOSTOR,
+        str(uid),
+        str(sidecar.socket),
+        engine,
+        tenant,
+        b"".join(chain("honest", 10)).hex(),
+    ]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_another_user_is_denied_unless_allowed(world: World) -> None:
+    config = "allow_uids = [4711]\n[tenants]\nred = { uids = [4712] }\n"
+    sidecar = world.sidecar(config=config)
+    closed = world.sidecar()
+    with honest(world, sidecar):
+        assert "refused" in impostor(sidecar, 4713, "stranger", "default")
+        assert "refused" in impostor(sidecar, 4711, "stranger", "red")
+        assert "refused" in impostor(sidecar, 4712, "stranger", "default")
+        assert impostor(sidecar, 4711, "friend", "default") == "ready|10"
+        assert impostor(sidecar, 4712, "red", "red") == "ready|0"
+    assert sidecar.runtime.stat().st_mode & 0o777 == 0o711
+    assert closed.runtime.stat().st_mode & 0o777 == 0o700
+    assert "Permission denied" in impostor_unreachable(closed)
+    secret = sidecar.state / "secret"
+    assert secret.stat().st_mode & 0o777 == 0o600 and sidecar.state.stat().st_mode & 0o777 == 0o700
+
+
+def impostor_unreachable(sidecar: Sidecar) -> str:
+    code = "import os,socket,sys; os.setuid(4711); socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(sidecar.socket)], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+def test_jobs_that_no_correct_client_sends_end_the_worker_in_time(world: World) -> None:
+    """Blocks beyond the cache, jobs before a registration, double ids: all refused, none copied."""
+    sidecar = world.sidecar()
+    with honest(world, sidecar):
+        raw = Raw(sidecar.socket, wire.hello(role=wire.WORKER))
+        raw.expect(wire.WELCOME)
+        for index in range(5):
+            blocks = wire.table(
+                bytes([index]) * 16,
+                bytes(16),
+                b"",
+                bytes(32),
+                b"\xff\xff\xff\xff",
+                ("I", 2**32 - 1),
+                ("Q", 1),
+                ("I", 1),
+            )
+            raw.send(wire.frame(wire.SAVE, blocks))
+        answered: list[int] = []
+        raw.socket.shutdown(1)
+        answered += [kind for kind, _ in raw.rest()]
+        assert wire.REFUSED in answered or wire.BYE in answered
+    assert isinstance(world.engines[0], FakeEngine) and Path(sidecar.socket).exists()

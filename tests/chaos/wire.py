@@ -1,0 +1,123 @@
+"""The protocol by hand: what a stranger could write to the socket.
+
+A small FlatBuffers writer, so that hostile and outdated clients can be played without the shipped one.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import socket
+import struct
+from pathlib import Path
+
+HELLO, WELCOME, REFUSED, OPEN, OPENED, REGISTER, LEASE, LEASED = 1, 2, 3, 4, 5, 6, 8, 9
+SAVE, LOAD, CANCEL, PING, PONG, BYE = 12, 13, 14, 15, 16, 17
+SCHEDULER, WORKER, OBSERVER = 0, 1, 2
+Field = tuple[str, int] | bytes | str | list[str] | None
+"""("H", 7): a scalar by its struct letter; bytes: a vector; None: left out."""
+
+
+def table(*fields: Field) -> bytes:
+    """A FlatBuffer whose root table has these fields, in the order of the schema."""
+    vtable_bytes = 4 + 2 * len(fields)
+    start = -(-(4 + vtable_bytes) // 8) * 8 + 4  # so that the fields behind the offset begin on 8
+    inline, places, heap = bytearray(), [], []
+    for field in fields:
+        if field is None:
+            places.append(0)
+            continue
+        letter, value = field if isinstance(field, tuple) else ("I", 0)
+        inline += bytes(-len(inline) % struct.calcsize(letter))
+        places.append(4 + len(inline))
+        if not isinstance(field, tuple):
+            heap.append((len(inline), field))
+        inline += struct.pack("<" + letter, value)
+    inline += bytes(-len(inline) % 8)
+    vtable = struct.pack(f"<{2 + len(fields)}H", vtable_bytes, 4 + len(inline), *places)
+    head = struct.pack("<I", start) + bytes(start - 4 - len(vtable)) + vtable
+    body = bytearray(head + struct.pack("<i", len(vtable)) + inline)
+    for place, content in heap:
+        position = start + 4 + place
+        struct.pack_into("<I", body, position, len(body) - position)
+        _append(body, content)
+    return bytes(body)
+
+
+def _append(body: bytearray, value: bytes | str | list[str]) -> None:
+    if isinstance(value, list):
+        first = len(body) + 4
+        body += struct.pack("<I", len(value)) + bytes(4 * len(value))
+        for index, text in enumerate(value):
+            struct.pack_into("<I", body, first + 4 * index, len(body) - first - 4 * index)
+            _append(body, text)
+    else:
+        data = value.encode() if isinstance(value, str) else value
+        body += struct.pack("<I", len(data)) + data + bytes(-(len(data) + 1) % 4 + 1)
+    body += bytes(-len(body) % 4)
+
+
+def frame(kind: int, payload: bytes, fds: int = 0, length: int | None = None) -> bytes:
+    return struct.pack("<IHH", len(payload) if length is None else length, kind, fds) + payload
+
+
+def hello(*, major: int = 1, role: int = SCHEDULER, engine: str = "raw", tenant: str = "default") -> bytes:
+    return frame(HELLO, table(("H", major), ("H", 0), ("B", role), engine, tenant, "0"))
+
+
+class Raw:
+    """A connection that says whatever it is told to."""
+
+    def __init__(self, path: Path, first: bytes = b"", seconds: float = 5.0) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(seconds)
+        self.socket.connect(str(path))
+        self.bytes = b""
+        self.ended = False
+        self.send(first)
+
+    def send(self, data: bytes, fds: list[int] | None = None) -> None:
+        """What the other side does not want to hear any more is lost."""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if fds:
+                rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                self.socket.sendmsg([data], rights)
+            elif data:
+                self.socket.sendall(data)
+
+    def receive(self) -> tuple[int, bytes] | None:
+        """The next frame; None at the end. Raises TimeoutError."""
+        while True:
+            if len(self.bytes) >= 8:
+                length, kind, _ = struct.unpack_from("<IHH", self.bytes)
+                if len(self.bytes) >= 8 + length:
+                    payload, self.bytes = self.bytes[8 : 8 + length], self.bytes[8 + length :]
+                    return kind, payload
+            try:
+                # File descriptors that come along are not taken: the kernel closes them.
+                data = self.socket.recv(65536)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                self.ended = True
+                return None
+            self.bytes += data
+
+    def expect(self, *kinds: int) -> bytes:
+        """The payload of the first frame of such a kind; others are passed over."""
+        seen = []
+        while (got := self.receive()) is not None:
+            if got[0] in kinds:
+                return got[1]
+            seen.append(got[0])
+        raise AssertionError(f"expected a frame of kind {kinds}, the connection ended after {seen}")
+
+    def rest(self) -> list[tuple[int, bytes]]:
+        """Everything until the end."""
+        frames = []
+        while (got := self.receive()) is not None:
+            frames.append(got)
+        return frames
+
+    def close(self) -> None:
+        self.socket.close()
