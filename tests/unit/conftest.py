@@ -3,22 +3,23 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_TARGET_DEVICE", "cpu")  # the 0.33 wheel is built for GPUs
 
-HERE = Path(__file__).parent
-for path in (HERE, HERE.parents[1] / "integrations"):
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
-
-import pytest  # noqa: E402
+# The shim as it lies in the tree, whatever is installed.
+SOURCES = str(Path(__file__).parents[2] / "integrations")
+if SOURCES not in sys.path:
+    sys.path.insert(0, SOURCES)
 
 
 @pytest.fixture(autouse=True)
-def fresh_log_limits():
+def fresh_log_limits() -> None:
     """Each test sees its own log lines, whatever ran before."""
     from pillion.vllm import log
 
@@ -26,13 +27,14 @@ def fresh_log_limits():
 
 
 @pytest.fixture
-def native():
-    from fake_native import FakeNative
+def native() -> Any:
+    """A scripted client and sidecar."""
+    from unit.fake_native import FakeNative
 
     return FakeNative()
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
-def overlap(request):
+def overlap(request: Any) -> Any:
     """Without and with asynchronous scheduling."""
     return request.param

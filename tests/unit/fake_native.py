@@ -7,7 +7,7 @@ blocks through `memory` (block id -> contents), when a job is carried out and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class FakeJob:
     contents: list[Any]  # of a load: what the lease proved
     polls_left: int
     outcome_told: bool = False
+    done: bool = False
     quiesced: bool = False
 
 
@@ -51,10 +52,12 @@ class FakeNative:
     store: dict[tuple[bytes, bytes], Any] = field(default_factory=dict)
     jobs: dict[bytes, FakeJob] = field(default_factory=dict)
     epoch: int = 0
-    leases: dict[int, tuple[bytes, list[bytes], int]] = field(default_factory=dict)  # ticket -> id, hashes, polls
+    leases: dict[int, tuple[bytes, list[bytes], int]] = field(
+        default_factory=dict
+    )  # ticket -> id, hashes, polls
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
-    registered: dict[str, Any] | None = None
+    registered: Any = None  # what `register` was given
     calls: dict[str, int] = field(default_factory=dict)
     closed: int = 0
     options: list[dict[str, Any]] = field(default_factory=list)
@@ -90,11 +93,11 @@ class FakeNative:
     # ---- what a test does to jobs
 
     def late_write(self, content: Any) -> int:
-        """A stuck sidecar writes now into the blocks of every load that has not quiesced; how many blocks."""
-        late = [job for job in self.jobs.values() if job.load and not job.quiesced]
+        """A stuck sidecar writes now into the blocks of every load that is not done; how many blocks."""
+        late = [job for job in self.jobs.values() if job.load and not job.done]
         for job in late:
             for block in job.blocks:
-                self.memory[block] = content
+                self.memory[block] = list(content)
         return sum(len(job.blocks) for job in late)
 
     def quiesce_all(self) -> None:
@@ -115,7 +118,7 @@ class FakeNative:
                 if job.load and None in job.contents:
                     outcome = FAILED  # evicted, or the sidecar was restarted
                 if outcome == DONE:
-                    blocks = self._move(job)
+                    job.done, blocks = True, self._move(job)
             if self.quiesce_loads if job.load else self.quiesce_saves:
                 job.quiesced = True
                 del self.jobs[job.job]
@@ -290,6 +293,3 @@ class FakeWorker:
 
 def _split(hashes: bytes) -> list[bytes]:
     return [hashes[offset : offset + 32] for offset in range(0, len(hashes), 32)]
-
-
-Factory = Callable[..., FakeNative]

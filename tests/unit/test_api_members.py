@@ -3,14 +3,18 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import vllm
-from api_members import members
+
 from pillion.vllm import PillionConnector, support
+from unit.api_members import members
 
 DATA = Path(__file__).parent / "data"
-RECORDED = {path.stem.removeprefix("members-"): json.loads(path.read_text()) for path in DATA.glob("members-*.json")}
+RECORDED = {
+    path.stem.removeprefix("members-"): json.loads(path.read_text()) for path in DATA.glob("members-*.json")
+}
 
 # What the connector leaves to vLLM's base class, and why.
 INHERITED = {
@@ -40,7 +44,7 @@ def running() -> str:
     return ".".join(vllm.__version__.split(".")[:2])
 
 
-def test_this_vllm_has_the_recorded_members():
+def test_this_vllm_has_the_recorded_members() -> None:
     assert running() in RECORDED, (
         f"vLLM {running()} is new: compare its KVConnectorBase_V1 with the last one, then record it "
         "(tests/unit/api_members.py)"
@@ -48,26 +52,26 @@ def test_this_vllm_has_the_recorded_members():
     assert members(Path(vllm.__file__).parent) == RECORDED[running()]
 
 
-def test_unpacked_source_of_033_has_the_recorded_members():
+def test_unpacked_source_of_033_has_the_recorded_members() -> None:
     source = os.environ.get("PILLION_VLLM_033")
     if source:
         assert members(Path(source) / "vllm") == RECORDED["0.33"]
 
 
-def test_every_served_version_is_recorded():
+def test_every_served_version_is_recorded() -> None:
     (major, first), (_, last) = support.FIRST_VERSION, support.LAST_VERSION
     assert set(RECORDED) == {f"{major}.{minor}" for minor in range(first, last + 1)}
 
 
 @pytest.mark.parametrize("version", sorted(RECORDED))
-def test_every_member_is_ours_or_left_to_vllm_on_purpose(version):
+def test_every_member_is_ours_or_left_to_vllm_on_purpose(version: Any) -> None:
     ours = set(vars(PillionConnector))
     public = {name for name in RECORDED[version]["KVConnectorBase_V1"] if not name.startswith("_")}
     assert public - ours - set(INHERITED) == set()
 
 
 @pytest.mark.parametrize("version", sorted(RECORDED))
-def test_our_methods_take_what_vllm_passes(version):
+def test_our_methods_take_what_vllm_passes(version: Any) -> None:
     """Same parameter names in the same order: vLLM passes some by name."""
     import inspect
 
@@ -79,5 +83,7 @@ def test_our_methods_take_what_vllm_passes(version):
         theirs = signature[signature.index("(") + 1 :]
         ours = [p for p in inspect.signature(function).parameters if p not in ("self", "cls", "kwargs")]
         positions = [theirs.find(f"{parameter}:") for parameter in ours]
-        assert -1 not in positions and positions == sorted(positions), f"{name}{signature} but ours takes {ours}"
+        assert -1 not in positions and positions == sorted(positions), (
+            f"{name}{signature} but ours takes {ours}"
+        )
         assert ("@classmethod" in signature) == isinstance(method, classmethod), name

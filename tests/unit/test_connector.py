@@ -3,20 +3,26 @@
 import logging
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
-from pillion.vllm import PillionConnector, register, support
-from pillion.vllm import native as source
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm_harness import LAYERS, Engine, expected, make_config, make_kv_config, make_tensors, prompt
+
+from pillion.vllm import PillionConnector, register, support
+from pillion.vllm import native as source
+from unit.fake_native import FakeNative
+from unit.vllm_harness import LAYERS, Engine, expected, make_config, make_kv_config, make_tensors, prompt
 
 
 @pytest.fixture
-def make(native, tmp_path, monkeypatch):
+def make(native: FakeNative, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(source, "native", lambda: native)
 
-    def build(role=KVConnectorRole.WORKER, kv=None, change=None, **transfer):
+    def build(
+        role: KVConnectorRole = KVConnectorRole.WORKER, kv: Any = None, change: Any = None, **transfer: Any
+    ) -> Any:
         config = make_config(tmp_path / "model", **transfer)
         kv = kv or make_kv_config(20)
         if change is not None:
@@ -27,13 +33,13 @@ def make(native, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def warnings(caplog):
+def warnings(caplog: pytest.LogCaptureFixture) -> Any:
     logging.getLogger("vllm").propagate = True
     caplog.set_level(logging.INFO, "vllm.pillion")
     return caplog
 
 
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_nothing_heavy() -> None:
     code = (
         "import sys; import pillion, pillion.vllm; "
         "assert not {'vllm', 'torch', 'pillion._native'} & set(sys.modules), 'heavy'"
@@ -42,13 +48,13 @@ def test_importing_the_package_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": path})
 
 
-def test_register_twice():
+def test_register_twice() -> None:
     register()
     register()
     assert KVConnectorFactory.get_connector_class_by_name("PillionConnector") is PillionConnector
 
 
-def test_registration_says_where_the_cache_lies(make, native):
+def test_registration_says_where_the_cache_lies(make: Any, native: FakeNative) -> None:
     connector = make()
     kv = make_kv_config(20)
     caches = make_tensors(kv)
@@ -70,7 +76,7 @@ def test_registration_says_where_the_cache_lies(make, native):
     assert native.options[0]["engine_id"] != native.options[1]["engine_id"]  # two configs, two engines
 
 
-def test_the_allocation_goes_into_a_memfd(make, native):
+def test_the_allocation_goes_into_a_memfd(make: Any, native: FakeNative) -> None:
     connector = make()
     with connector.get_mem_pool_context():
         caches = make_tensors(make_kv_config(20))
@@ -84,9 +90,18 @@ def test_the_allocation_goes_into_a_memfd(make, native):
     ("change", "reason"),
     [
         (lambda c, kv: setattr(c.parallel_config, "tensor_parallel_size", 2), "tensor_parallel_size is 2"),
-        (lambda c, kv: setattr(c.parallel_config, "pipeline_parallel_size", 2), "pipeline_parallel_size is 2"),
-        (lambda c, kv: setattr(c.parallel_config, "decode_context_parallel_size", 2), "decode_context_parallel"),
-        (lambda c, kv: setattr(c.cache_config, "prefix_caching_hash_algo", "xxhash"), "not collision resistant"),
+        (
+            lambda c, kv: setattr(c.parallel_config, "pipeline_parallel_size", 2),
+            "pipeline_parallel_size is 2",
+        ),
+        (
+            lambda c, kv: setattr(c.parallel_config, "decode_context_parallel_size", 2),
+            "decode_context_parallel",
+        ),
+        (
+            lambda c, kv: setattr(c.cache_config, "prefix_caching_hash_algo", "xxhash"),
+            "not collision resistant",
+        ),
         (lambda c, kv: setattr(c.cache_config, "enable_prefix_caching", False), "prefix caching is off"),
         (lambda c, kv: kv.kv_cache_groups.append(kv.kv_cache_groups[0]), "2 KV cache groups"),
         (lambda c, kv: kv.kv_cache_tensors.append(kv.kv_cache_tensors[0]), "2 KV cache tensors"),
@@ -96,7 +111,14 @@ def test_the_allocation_goes_into_a_memfd(make, native):
     ],
 )
 @pytest.mark.parametrize("role", list(KVConnectorRole))
-def test_refusals_say_why_and_the_engine_runs(make, native, warnings, change, reason, role):
+def test_refusals_say_why_and_the_engine_runs(
+    make: Any,
+    native: FakeNative,
+    warnings: pytest.LogCaptureFixture,
+    change: Any,
+    reason: str,
+    role: KVConnectorRole,
+) -> None:
     connector = make(role, change=change)
     assert reason in warnings.text and "running uncached" in warnings.text
     assert not native.options, "a refused engine has no client"
@@ -112,7 +134,7 @@ def test_refusals_say_why_and_the_engine_runs(make, native, warnings, change, re
     connector.shutdown()
 
 
-def test_other_specs_and_padded_pages_are_refused(make, warnings):
+def test_other_specs_and_padded_pages_are_refused(make: Any, warnings: pytest.LogCaptureFixture) -> None:
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
@@ -125,20 +147,24 @@ def test_other_specs_and_padded_pages_are_refused(make, warnings):
 
 
 @pytest.mark.parametrize("version", [(0, 29), (0, 34), (1, 0), None])
-def test_unknown_versions_are_refused(make, monkeypatch, warnings, version):
+def test_unknown_versions_are_refused(
+    make: Any, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture, version: Any
+) -> None:
     monkeypatch.setattr(support, "vllm_version", lambda: version)
     make(KVConnectorRole.SCHEDULER)
     assert "vLLM 0.30 to 0.33 is known to work" in warnings.text
 
 
-def test_gpus_are_refused_and_asked_for_nothing(make, monkeypatch, warnings, tmp_path):
+def test_gpus_are_refused_and_asked_for_nothing(
+    make: Any, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     monkeypatch.setattr(support, "on_cpu", lambda: False)
     make(KVConnectorRole.SCHEDULER)
     assert "not yet on GPU" in warnings.text
     assert PillionConnector.get_required_kvcache_layout(make_config(tmp_path / "model")) is None
 
 
-def test_a_wrong_configuration_stops_the_engine(make, tmp_path):
+def test_a_wrong_configuration_stops_the_engine(make: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown key 'tennant'"):
         make(extra={"tennant": "x"})
     config = make_config(tmp_path / "model", extra={"layout": "NHD"})
@@ -146,8 +172,10 @@ def test_a_wrong_configuration_stops_the_engine(make, tmp_path):
         PillionConnector.get_required_kvcache_layout(config)
 
 
-def test_without_the_extension_module_the_engine_runs(make, monkeypatch, warnings):
-    def missing():
+def test_without_the_extension_module_the_engine_runs(
+    make: Any, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture
+) -> None:
+    def missing() -> Any:
         raise ImportError("no module named pillion._native")
 
     monkeypatch.setattr(source, "native", missing)
@@ -155,7 +183,9 @@ def test_without_the_extension_module_the_engine_runs(make, monkeypatch, warning
     assert connector._scheduler is None and "pillion._native" in warnings.text
 
 
-def test_an_absent_sidecar_costs_the_start_at_most_its_wait(make, native, monkeypatch):
+def test_an_absent_sidecar_costs_the_start_at_most_its_wait(
+    make: Any, native: FakeNative, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import time
 
     native.attached = False
@@ -169,7 +199,7 @@ def test_an_absent_sidecar_costs_the_start_at_most_its_wait(make, native, monkey
     connector.register_kv_caches(make_tensors(make_kv_config(20)))
 
 
-def test_where_nothing_can_come_nothing_is_waited_for(make, native):
+def test_where_nothing_can_come_nothing_is_waited_for(make: Any, native: FakeNative) -> None:
     import time
 
     native.attached = False
@@ -179,7 +209,9 @@ def test_where_nothing_can_come_nothing_is_waited_for(make, native):
     assert time.monotonic() - begin < 1
 
 
-def test_tensors_that_lie_elsewhere_are_refused(make, native, warnings):
+def test_tensors_that_lie_elsewhere_are_refused(
+    make: Any, native: FakeNative, warnings: pytest.LogCaptureFixture
+) -> None:
     connector = make()
     caches = make_tensors(make_kv_config(20))
     caches[LAYERS[1]] = caches[LAYERS[1]].clone()
@@ -190,14 +222,18 @@ def test_tensors_that_lie_elsewhere_are_refused(make, native, warnings):
     assert native.registered is None
 
 
-def test_an_error_in_registration_refuses_the_worker(make, native, warnings):
+def test_an_error_in_registration_refuses_the_worker(
+    make: Any, native: FakeNative, warnings: pytest.LogCaptureFixture
+) -> None:
     native.raise_in["register"] = BaseException("panic")
     connector = make()
     connector.register_kv_caches(make_tensors(make_kv_config(20)))
     assert "registration failed" in connector.build_connector_worker_meta().refused
 
 
-def test_a_worker_that_refuses_fails_loads_and_stops_the_scheduler(native, tmp_path):
+def test_a_worker_that_refuses_fails_loads_and_stops_the_scheduler(
+    native: FakeNative, tmp_path: Path
+) -> None:
     tokens = prompt(100)
     first = Engine(native, tmp_path / "model")
     first.add("fill", tokens)
@@ -212,7 +248,7 @@ def test_a_worker_that_refuses_fails_loads_and_stops_the_scheduler(native, tmp_p
     assert engine.half.held == 0 and not native.unreleased()
 
 
-def test_halves_that_disagree_about_the_model_run_uncached(native, tmp_path):
+def test_halves_that_disagree_about_the_model_run_uncached(native: FakeNative, tmp_path: Path) -> None:
     engine = Engine(native, tmp_path / "model")
     engine.worker._worker._identity = "another"
     engine.add("a", prompt(100))
@@ -221,7 +257,9 @@ def test_halves_that_disagree_about_the_model_run_uncached(native, tmp_path):
     assert engine.outputs["a"] == expected(prompt(100), 4)
 
 
-def test_launch_command_names_a_socket_only_where_one_is_configured(monkeypatch, tmp_path):
+def test_launch_command_names_a_socket_only_where_one_is_configured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(source, "find_binary", lambda: "/x/pillion")
     command = source.launch_command(None)
     assert command == ["/x/pillion", "serve", "--detach", "--device", "cpu0", "--idle-exit-seconds", "1800"]
@@ -230,7 +268,9 @@ def test_launch_command_names_a_socket_only_where_one_is_configured(monkeypatch,
     assert source.launch_command("/s") == []
 
 
-def test_the_binary_beside_the_interpreter_comes_first(monkeypatch, tmp_path):
+def test_the_binary_beside_the_interpreter_comes_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     binary = tmp_path / "pillion"
     binary.write_text("#!/bin/sh\n")
     binary.chmod(0o755)
@@ -241,7 +281,7 @@ def test_the_binary_beside_the_interpreter_comes_first(monkeypatch, tmp_path):
     assert source.find_binary() is None
 
 
-def test_inside_multi_connector(native, tmp_path, monkeypatch):
+def test_inside_multi_connector(native: FakeNative, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a child of vLLM's MultiConnector our metadata and reports arrive through its wrappers."""
     tokens = prompt(100)
     child = {
@@ -266,7 +306,7 @@ def test_inside_multi_connector(native, tmp_path, monkeypatch):
     assert worker.build_connector_worker_meta() is not None
 
 
-def test_sleep_hooks_change_nothing(make, native):
+def test_sleep_hooks_change_nothing(make: Any, native: FakeNative) -> None:
     connector = make()
     connector.register_kv_caches(make_tensors(make_kv_config(20)))
     before = dict(native.calls)

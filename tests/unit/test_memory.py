@@ -6,12 +6,13 @@ import os
 
 import pytest
 import torch
+
 from pillion.vllm.memory import KvMemfdMode
 
 BYTES = 3 * mmap.PAGESIZE
 
 
-def test_the_kv_cache_goes_into_a_sealed_memfd():
+def test_the_kv_cache_goes_into_a_sealed_memfd() -> None:
     mode = KvMemfdMode(BYTES)
     with mode:
         buffer = torch.zeros(BYTES, dtype=torch.int8, device=torch.device("cpu"))
@@ -29,7 +30,7 @@ def test_the_kv_cache_goes_into_a_sealed_memfd():
     memfd.close()
 
 
-def test_other_allocations_are_left_alone():
+def test_other_allocations_are_left_alone() -> None:
     mode = KvMemfdMode(BYTES)
     with mode:
         torch.zeros(BYTES, dtype=torch.uint8)
@@ -39,7 +40,7 @@ def test_other_allocations_are_left_alone():
     assert mode.taken() is None and mode.asked == 0
 
 
-def test_a_second_allocation_of_that_size_makes_it_ambiguous():
+def test_a_second_allocation_of_that_size_makes_it_ambiguous() -> None:
     mode = KvMemfdMode(BYTES)
     with mode:
         first = torch.zeros(BYTES, dtype=torch.int8)
@@ -48,7 +49,7 @@ def test_a_second_allocation_of_that_size_makes_it_ambiguous():
     assert mode.taken() is None
 
 
-def test_without_memfd_the_engine_gets_its_own_memory(monkeypatch):
+def test_without_memfd_the_engine_gets_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object) -> int:
         raise OSError("no memfd here")
 

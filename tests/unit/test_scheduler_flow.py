@@ -1,10 +1,15 @@
 """Scenarios on vLLM's real Scheduler: what is promised, loaded, saved, and that outputs never change."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-from vllm_harness import BLOCK, Engine, expected, prompt
+
+from unit.fake_native import FakeNative
+from unit.vllm_harness import BLOCK, Engine, expected, prompt
 
 
-def fill(native, tmp_path, prompts, **options):
+def fill(native: FakeNative, tmp_path: Path, prompts: list[list[int]], **options: Any) -> Engine:
     """An engine computes the prompts, so that the store has them; it leaves nothing behind."""
     engine = Engine(native, tmp_path / "model", **options)
     for index, tokens in enumerate(prompts):
@@ -14,14 +19,14 @@ def fill(native, tmp_path, prompts, **options):
     return engine
 
 
-def ask(engine, req_id, tokens, max_tokens=4):
+def ask(engine: Engine, req_id: str, tokens: list[int], max_tokens: Any = 4) -> int:
     engine.add(req_id, tokens, max_tokens)
     engine.run()
     assert engine.outputs[req_id] == expected(tokens, max_tokens)
-    return engine.params[req_id]["pillion"]["loaded_tokens"]
+    return int(engine.params[req_id]["pillion"]["loaded_tokens"])
 
 
-def test_a_fresh_engine_loads_what_another_saved(native, tmp_path, overlap):
+def test_a_fresh_engine_loads_what_another_saved(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     assert len(native.store) == 100 // BLOCK
@@ -32,7 +37,7 @@ def test_a_fresh_engine_loads_what_another_saved(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_generated_tokens_are_saved_too(native, tmp_path, overlap):
+def test_generated_tokens_are_saved_too(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(30)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
     engine.add("a", tokens, max_tokens=40)
@@ -45,7 +50,9 @@ def test_generated_tokens_are_saved_too(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_a_block_whose_hash_is_known_only_at_the_end_is_saved(native, tmp_path, overlap):
+def test_a_block_whose_hash_is_known_only_at_the_end_is_saved(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     """With asynchronous scheduling the last block is computed a step before vLLM hashes it."""
     engine = Engine(native, tmp_path / "model", overlap=overlap)
     engine.add("a", prompt(30), max_tokens=BLOCK * 4 - 30 + 1)
@@ -54,7 +61,7 @@ def test_a_block_whose_hash_is_known_only_at_the_end_is_saved(native, tmp_path, 
     engine.assert_clean()
 
 
-def test_partial_match_loads_the_common_prefix(native, tmp_path, overlap):
+def test_partial_match_loads_the_common_prefix(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     shared = prompt(50)
     fill(native, tmp_path, [shared + prompt(30, 1)], overlap=overlap)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
@@ -63,7 +70,9 @@ def test_partial_match_loads_the_common_prefix(native, tmp_path, overlap):
 
 
 @pytest.mark.parametrize("length", [BLOCK * 4 - 1, BLOCK * 4, BLOCK * 4 + 1])
-def test_lengths_around_a_block_boundary(native, tmp_path, overlap, length):
+def test_lengths_around_a_block_boundary(
+    native: FakeNative, tmp_path: Path, overlap: bool, length: int
+) -> None:
     tokens = prompt(length)
     fill(native, tmp_path, [tokens], overlap=overlap)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
@@ -74,13 +83,15 @@ def test_lengths_around_a_block_boundary(native, tmp_path, overlap, length):
 
 
 @pytest.mark.parametrize("length", [1, 2, BLOCK - 1])
-def test_prompt_shorter_than_a_block(native, tmp_path, overlap, length):
+def test_prompt_shorter_than_a_block(native: FakeNative, tmp_path: Path, overlap: bool, length: int) -> None:
     engine = fill(native, tmp_path, [prompt(length)], overlap=overlap)
     assert "lease" not in native.calls or native.store
     assert ask(engine, "a", prompt(length)) == 0
 
 
-def test_own_prefix_cache_first_and_only_the_rest_is_loaded(native, tmp_path, overlap):
+def test_own_prefix_cache_first_and_only_the_rest_is_loaded(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     tokens = prompt(160)
     fill(native, tmp_path, [tokens], overlap=overlap)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
@@ -90,7 +101,9 @@ def test_own_prefix_cache_first_and_only_the_rest_is_loaded(native, tmp_path, ov
     engine.assert_clean()
 
 
-def test_blocks_of_the_engines_own_cache_are_saved_again(native, tmp_path, overlap):
+def test_blocks_of_the_engines_own_cache_are_saved_again(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     """A restarted sidecar fills up from what the engine still has."""
     tokens = prompt(100)
     engine = fill(native, tmp_path, [tokens], overlap=overlap)
@@ -100,7 +113,7 @@ def test_blocks_of_the_engines_own_cache_are_saved_again(native, tmp_path, overl
     engine.assert_clean()
 
 
-def test_chunked_prefill(native, tmp_path, overlap):
+def test_chunked_prefill(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(500)
     fill(native, tmp_path, [tokens], overlap=overlap, max_batched=64)
     assert len(native.store) == 500 // BLOCK
@@ -109,7 +122,7 @@ def test_chunked_prefill(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_thirty_two_at_once(native, tmp_path, overlap):
+def test_thirty_two_at_once(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     prompts = [prompt(40 + 3 * index, index % 8) for index in range(32)]
     fill(native, tmp_path, prompts, overlap=overlap, num_blocks=600)
     engine = Engine(native, tmp_path / "model", overlap=overlap, num_blocks=600)
@@ -122,7 +135,7 @@ def test_thirty_two_at_once(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_two_requests_with_one_prefix_save_it_once(native, tmp_path, overlap):
+def test_two_requests_with_one_prefix_save_it_once(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     native.save_polls = 5
     tokens = prompt(64)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
@@ -136,7 +149,7 @@ def test_two_requests_with_one_prefix_save_it_once(native, tmp_path, overlap):
 # ---- grants
 
 
-def test_nothing_is_promised_before_the_grant(native, tmp_path, overlap):
+def test_nothing_is_promised_before_the_grant(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.grant_after_polls = 5
@@ -151,7 +164,7 @@ def test_nothing_is_promised_before_the_grant(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_a_grant_that_never_comes_is_a_miss(native, tmp_path, overlap):
+def test_a_grant_that_never_comes_is_a_miss(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.grant_after_polls = 10**9
@@ -161,7 +174,7 @@ def test_a_grant_that_never_comes_is_a_miss(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_a_refused_lease_is_a_miss(native, tmp_path, overlap):
+def test_a_refused_lease_is_a_miss(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.refuse_leases = True
@@ -170,7 +183,7 @@ def test_a_refused_lease_is_a_miss(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_a_smaller_grant_is_a_smaller_promise(native, tmp_path, overlap):
+def test_a_smaller_grant_is_a_smaller_promise(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.grant_blocks_max = 2
@@ -179,7 +192,9 @@ def test_a_smaller_grant_is_a_smaller_promise(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_an_absent_sidecar_costs_nothing_and_is_used_when_it_comes(native, tmp_path, overlap):
+def test_an_absent_sidecar_costs_nothing_and_is_used_when_it_comes(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     native.attached = False
     tokens = prompt(100)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
@@ -194,7 +209,9 @@ def test_an_absent_sidecar_costs_nothing_and_is_used_when_it_comes(native, tmp_p
 # ---- failures
 
 
-def test_a_failed_load_is_recomputed_in_fresh_blocks_while_the_old_ones_stay_held(native, tmp_path, overlap):
+def test_a_failed_load_is_recomputed_in_fresh_blocks_while_the_old_ones_stay_held(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.load_outcome, native.quiesce_loads = 2, False
@@ -212,7 +229,7 @@ def test_a_failed_load_is_recomputed_in_fresh_blocks_while_the_old_ones_stay_hel
     engine.assert_clean()
 
 
-def test_one_attempt_per_request(native, tmp_path, overlap):
+def test_one_attempt_per_request(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.load_outcome = 2
@@ -224,7 +241,9 @@ def test_one_attempt_per_request(native, tmp_path, overlap):
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), RuntimeError("full"), BaseException("panic")])
-def test_a_job_that_the_client_does_not_take_ends_once(native, tmp_path, overlap, error):
+def test_a_job_that_the_client_does_not_take_ends_once(
+    native: FakeNative, tmp_path: Path, overlap: bool, error: BaseException
+) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.submit_error = error
@@ -237,7 +256,9 @@ def test_a_job_that_the_client_does_not_take_ends_once(native, tmp_path, overlap
     assert (engine.half.held == 0) == isinstance(error, ValueError)
 
 
-def test_an_outcome_that_is_never_told_ends_at_the_deadline(native, tmp_path, overlap, monkeypatch):
+def test_an_outcome_that_is_never_told_ends_at_the_deadline(
+    native: FakeNative, tmp_path: Path, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from pillion.vllm import worker
 
     monkeypatch.setattr(worker, "OVERDUE_S", 0.02)
@@ -255,7 +276,7 @@ def test_an_outcome_that_is_never_told_ends_at_the_deadline(native, tmp_path, ov
 
 
 @pytest.mark.parametrize("when", [1, 2, 3])
-def test_abort_while_loading(native, tmp_path, overlap, when):
+def test_abort_while_loading(native: FakeNative, tmp_path: Path, overlap: bool, when: int) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     native.load_polls = 4
@@ -268,7 +289,7 @@ def test_abort_while_loading(native, tmp_path, overlap, when):
     engine.assert_clean()
 
 
-def test_abort_between_plan_and_step_sends_nothing(native, tmp_path):
+def test_abort_between_plan_and_step_sends_nothing(native: FakeNative, tmp_path: Path) -> None:
     """Deferred loads (vLLM 0.33) are planned outside of schedule(); a request can end before they are sent."""
     tokens = prompt(100)
     fill(native, tmp_path, [tokens])
@@ -288,7 +309,7 @@ def test_abort_between_plan_and_step_sends_nothing(native, tmp_path):
     engine.assert_clean()
 
 
-def test_abort_before_anything(native, tmp_path, overlap):
+def test_abort_before_anything(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
@@ -299,15 +320,16 @@ def test_abort_before_anything(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_a_report_that_comes_twice_does_not_reach_vllm(native, tmp_path):
+def test_a_report_that_comes_twice_does_not_reach_vllm(native: FakeNative, tmp_path: Path) -> None:
     """vLLM's scheduler asserts that it waits for each id that it is told: a repeated one kills the engine."""
     tokens = prompt(100)
     fill(native, tmp_path, [tokens])
     engine = Engine(native, tmp_path / "model")
     half = engine.worker._worker
-    take, told = half.take_results, []
+    take = half.take_results
+    told: list[str] = []
 
-    def twice(meta):
+    def twice(meta: Any) -> Any:
         finished, failed = take(meta)
         again = {req_id for req_id in told if req_id not in finished}
         told[:] = finished
@@ -318,7 +340,7 @@ def test_a_report_that_comes_twice_does_not_reach_vllm(native, tmp_path):
     engine.assert_clean()
 
 
-def test_preemption_forced_by_a_tiny_cache(native, tmp_path, overlap):
+def test_preemption_forced_by_a_tiny_cache(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     prompts = [prompt(60, index) for index in range(4)]
     fill(native, tmp_path, prompts, overlap=overlap)
     engine = Engine(native, tmp_path / "model", overlap=overlap, num_blocks=24)
@@ -331,7 +353,7 @@ def test_preemption_forced_by_a_tiny_cache(native, tmp_path, overlap):
 
 
 @pytest.mark.parametrize("abort_after", [None, 0, 1, 2, 3])
-def test_loads_that_vllm_defers(native, tmp_path, abort_after):
+def test_loads_that_vllm_defers(native: FakeNative, tmp_path: Path, abort_after: int | None) -> None:
     """vLLM 0.33 can plan a load some steps after the promise (it does for HiSparse only; forced here)."""
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=True)
@@ -357,7 +379,7 @@ def test_loads_that_vllm_defers(native, tmp_path, abort_after):
 # ---- holds
 
 
-def test_holds_are_capped(native, tmp_path, overlap):
+def test_holds_are_capped(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     native.quiesce_saves = False
     engine = Engine(native, tmp_path / "model", overlap=overlap, num_blocks=101)
     prompts = [prompt(100, index) for index in range(6)]
@@ -373,7 +395,7 @@ def test_holds_are_capped(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_a_load_is_cut_to_what_may_be_held(native, tmp_path, overlap):
+def test_a_load_is_cut_to_what_may_be_held(native: FakeNative, tmp_path: Path, overlap: bool) -> None:
     tokens = prompt(400)
     fill(native, tmp_path, [tokens], overlap=overlap, num_blocks=400)
     engine = Engine(native, tmp_path / "model", overlap=overlap, num_blocks=101)
@@ -382,7 +404,9 @@ def test_a_load_is_cut_to_what_may_be_held(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_a_save_that_is_cut_goes_on_when_blocks_come_free(native, tmp_path, overlap):
+def test_a_save_that_is_cut_goes_on_when_blocks_come_free(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     tokens = prompt(320)
     engine = Engine(native, tmp_path / "model", overlap=overlap, num_blocks=101)
     engine.add("a", tokens, 60)
@@ -391,7 +415,9 @@ def test_a_save_that_is_cut_goes_on_when_blocks_come_free(native, tmp_path, over
     engine.assert_clean()
 
 
-def test_pending_frees_count_young_holds_that_nobody_shares(native, tmp_path, monkeypatch):
+def test_pending_frees_count_young_holds_that_nobody_shares(
+    native: FakeNative, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     native.quiesce_saves = False
     engine = Engine(native, tmp_path / "model")
     engine.add("a", prompt(100))
@@ -407,7 +433,7 @@ def test_pending_frees_count_young_holds_that_nobody_shares(native, tmp_path, mo
     engine.assert_clean()
 
 
-def test_lost_holds_do_not_keep_the_idle_engine_stepping_forever(native, tmp_path):
+def test_lost_holds_do_not_keep_the_idle_engine_stepping_forever(native: FakeNative, tmp_path: Path) -> None:
     native.quiesce_saves = False
     engine = Engine(native, tmp_path / "model")
     engine.add("a", prompt(100))
@@ -421,7 +447,9 @@ def test_lost_holds_do_not_keep_the_idle_engine_stepping_forever(native, tmp_pat
 # ---- reset
 
 
-def test_reset_with_the_connector_starts_a_new_epoch(native, tmp_path, overlap):
+def test_reset_with_the_connector_starts_a_new_epoch(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     tokens = prompt(100)
     engine = fill(native, tmp_path, [tokens], overlap=overlap)
     assert engine.scheduler.reset_prefix_cache(reset_connector=True)
@@ -430,7 +458,9 @@ def test_reset_with_the_connector_starts_a_new_epoch(native, tmp_path, overlap):
     engine.assert_clean()
 
 
-def test_reset_while_blocks_are_held_fails_and_a_retry_succeeds(native, tmp_path, overlap):
+def test_reset_while_blocks_are_held_fails_and_a_retry_succeeds(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     native.quiesce_saves = False
     engine = Engine(native, tmp_path / "model", overlap=overlap)
     engine.add("a", prompt(100))
@@ -443,7 +473,9 @@ def test_reset_while_blocks_are_held_fails_and_a_retry_succeeds(native, tmp_path
     engine.assert_clean()
 
 
-def test_requests_that_live_through_a_reset_save_and_load_nothing(native, tmp_path, overlap):
+def test_requests_that_live_through_a_reset_save_and_load_nothing(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     engine = Engine(native, tmp_path / "model", overlap=overlap)
@@ -461,7 +493,9 @@ def test_requests_that_live_through_a_reset_save_and_load_nothing(native, tmp_pa
 # ---- roles and policies
 
 
-def test_a_policy_other_than_recompute_saves_and_never_loads(native, tmp_path, overlap):
+def test_a_policy_other_than_recompute_saves_and_never_loads(
+    native: FakeNative, tmp_path: Path, overlap: bool
+) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     engine = Engine(native, tmp_path / "model", overlap=overlap, kv_load_failure_policy="fail")
@@ -471,7 +505,7 @@ def test_a_policy_other_than_recompute_saves_and_never_loads(native, tmp_path, o
     engine.assert_clean()
 
 
-def test_a_producer_never_loads_and_a_consumer_never_saves(native, tmp_path):
+def test_a_producer_never_loads_and_a_consumer_never_saves(native: FakeNative, tmp_path: Path) -> None:
     tokens = prompt(100)
     engine = Engine(native, tmp_path / "model", kv_role="kv_producer")
     ask(engine, "a", tokens)
@@ -485,7 +519,7 @@ def test_a_producer_never_loads_and_a_consumer_never_saves(native, tmp_path):
     engine.assert_clean()
 
 
-def test_lora_requests_run_uncached(native, tmp_path):
+def test_lora_requests_run_uncached(native: FakeNative, tmp_path: Path) -> None:
     from vllm.lora.request import LoRARequest
 
     engine = Engine(native, tmp_path / "model")
@@ -502,7 +536,9 @@ def test_lora_requests_run_uncached(native, tmp_path):
     "method", ["lease", "lease_poll", "lease_used", "release", "namespace_id", "absent", "ready", "poll"]
 )
 @pytest.mark.parametrize("error", [RuntimeError("broken"), BaseException("panic")], ids=["error", "panic"])
-def test_no_error_of_the_client_reaches_the_engine(native, tmp_path, overlap, method, error):
+def test_no_error_of_the_client_reaches_the_engine(
+    native: FakeNative, tmp_path: Path, overlap: bool, method: str, error: BaseException
+) -> None:
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=overlap)
     engine = Engine(
@@ -520,7 +556,7 @@ def test_no_error_of_the_client_reaches_the_engine(native, tmp_path, overlap, me
     assert ask(engine, "after", prompt(90, 11)) == 0
 
 
-def test_idle_decode_steps_ask_the_client_nothing(native, tmp_path):
+def test_idle_decode_steps_ask_the_client_nothing(native: FakeNative, tmp_path: Path) -> None:
     engine = Engine(native, tmp_path / "model")
     for index in range(8):
         engine.add(f"r{index}", prompt(BLOCK * 2 + 1, index), 40)

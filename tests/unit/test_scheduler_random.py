@@ -1,27 +1,44 @@
 """Random requests, aborts, resets and faults on vLLM's real Scheduler: outputs never change, nothing leaks."""
 
 import random
+from pathlib import Path
 
 import pytest
-from vllm_harness import BLOCK, Engine, expected, prompt
+
+from unit.fake_native import FakeNative
+from unit.vllm_harness import BLOCK, Engine, expected, prompt
 
 STEPS = 250
 
 
 def disturb(rng: random.Random, engine: Engine, live: dict[str, tuple[list[int], int]]) -> None:
     """One random event: a request, an abort, a fault of the sidecar, or its end."""
-    native = engine.native
     event = rng.random()
-    if event < 0.25 and len(live) < 12:
-        tokens = prompt(rng.randint(1, 90), rng.randint(0, 3))[: rng.randint(1, 90)] + prompt(rng.randint(1, 40), 9)
-        name, count = f"r{engine.steps}", rng.randint(1, 40)
-        live[name] = (tokens, count)
-        engine.add(name, tokens, count)
-    elif event < 0.29 and live:
+    if event >= 0.29:
+        break_something(rng, engine, event)
+    elif event < 0.25:
+        begin(rng, engine, live)
+    elif live:
         name = rng.choice(sorted(live))
         del live[name]
         engine.abort(name)
-    elif event < 0.36:
+    if rng.random() < 0.3:
+        engine.native.late_write([f"late {engine.steps}"] * BLOCK)
+
+
+def begin(rng: random.Random, engine: Engine, live: dict[str, tuple[list[int], int]]) -> None:
+    """A request that shares a prefix with some others."""
+    if len(live) < 12:
+        tokens = prompt(90, rng.randint(0, 3))[: rng.randint(1, 90)] + prompt(rng.randint(1, 40), 9)
+        name, count = f"r{engine.steps}", rng.randint(1, 40)
+        live[name] = (tokens, count)
+        engine.add(name, tokens, count)
+
+
+def break_something(rng: random.Random, engine: Engine, event: float) -> None:
+    """A fault of the sidecar, its end, or a reset of a cache."""
+    native = engine.native
+    if event < 0.36:
         native.load_outcome = rng.choice([1, 1, 2, 3, None])
         native.quiesce_loads = rng.random() < 0.6
     elif event < 0.40:
@@ -36,12 +53,19 @@ def disturb(rng: random.Random, engine: Engine, live: dict[str, tuple[list[int],
         native.store.clear()
     elif event < 0.50:
         engine.scheduler.reset_prefix_cache(reset_connector=True)
-    if rng.random() < 0.3:
-        native.late_write([f"late {engine.steps}"] * BLOCK)
+    elif event < 0.60:
+        # As if other requests had pushed everything out: what comes next must be loaded.
+        cached = engine.pool.cached_block_hash_to_block
+        engine.pool.evict_blocks(
+            {block.block_id for block in engine.pool.blocks if block.block_hash is not None}
+        )
+        assert len(cached) == 0
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_outputs_never_change_and_nothing_leaks(native, tmp_path, overlap, seed, monkeypatch):
+def test_outputs_never_change_and_nothing_leaks(
+    native: FakeNative, tmp_path: Path, overlap: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pillion.vllm.worker.OVERDUE_S", 0.0)
     rng = random.Random(seed)
     engine = Engine(

@@ -1,11 +1,12 @@
 """Our counters in vLLM's own metrics."""
 
-from pillion.vllm import PillionConnector
-from pillion.vllm.stats import COUNTERS, PillionPromMetrics, PillionStats
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from pillion.vllm import PillionConnector
+from pillion.vllm.stats import COUNTERS, PillionPromMetrics, PillionStats
 
-def test_ranks_and_halves_add_up():
+
+def test_ranks_and_halves_add_up() -> None:
     worker, scheduler = PillionStats(), PillionStats()
     worker.add("errors")
     scheduler.add("loaded_tokens", 96)
@@ -15,7 +16,7 @@ def test_ranks_and_halves_add_up():
     assert total.reduce() == {"pillion_loaded_tokens": 96, "pillion_errors": 3}
 
 
-def test_take_gives_each_count_once():
+def test_take_gives_each_count_once() -> None:
     stats = PillionStats()
     assert stats.take() is None and stats.is_empty()
     stats.add("hits")
@@ -26,13 +27,13 @@ def test_take_gives_each_count_once():
     assert stats.is_empty()
 
 
-def test_plain_data_becomes_stats_in_the_api_server():
+def test_plain_data_becomes_stats_in_the_api_server() -> None:
     stats = PillionConnector.build_kv_connector_stats({"hits": 2})
     assert isinstance(stats, PillionStats) and stats.data == {"hits": 2}
     assert PillionConnector.build_kv_connector_stats().is_empty()
 
 
-def test_prometheus_counters_per_engine():
+def test_prometheus_counters_per_engine() -> None:
     class Config:
         kv_transfer_config = None
 

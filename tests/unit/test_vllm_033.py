@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 FILES = ("test_scheduler_flow.py", "test_connector.py", "test_api_members.py")
 
 
-def test_scheduler_scenarios_on_033():
+def test_scheduler_scenarios_on_033() -> None:
     source = os.environ.get("PILLION_VLLM_033")
     if not source or vllm.__version__.startswith("0.33"):
         return

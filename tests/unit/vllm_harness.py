@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_native import FakeNative
-from pillion.vllm import native as source
 from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -30,6 +28,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
+
+from pillion.vllm import native as source
+from unit.fake_native import FakeNative
 
 BLOCK = 16
 LAYERS = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
@@ -50,7 +51,9 @@ MODEL = {
 }
 
 
-def make_config(model_dir: Path, *, max_batched: int = 256, max_len: int = 1024, **transfer: Any) -> VllmConfig:
+def make_config(
+    model_dir: Path, *, max_batched: int = 256, max_len: int = 1024, **transfer: Any
+) -> VllmConfig:
     """A VllmConfig for a tiny Llama; `transfer` goes into the KVTransferConfig."""
     model_dir.mkdir(parents=True, exist_ok=True)
     (model_dir / "config.json").write_text(json.dumps(MODEL))
@@ -141,7 +144,7 @@ class Engine:
         max_batched: int = 256,
         **transfer: Any,
     ) -> None:
-        source.native = lambda: native  # type: ignore[assignment,return-value]
+        setattr(source, "native", lambda: native)  # noqa: B010
         self.native = native
         native.memory.clear()  # a fresh engine's KV cache
         self.memory = native.memory
@@ -151,7 +154,7 @@ class Engine:
         if overlap:
             # As the GPU does it. The CPU platform turns it off, and with it the second batch in flight.
             self.config.scheduler_config.async_scheduling = True
-            type(self.config).max_concurrent_batches = property(  # type: ignore[assignment,method-assign]
+            type(self.config).max_concurrent_batches = property(
                 lambda config: 2 if config.scheduler_config.async_scheduling else 1
             )
         kv_config = make_kv_config(num_blocks)

@@ -271,18 +271,22 @@ class SchedulerHalf:
                 self._give_up(state)
             return
         if state is None or not state.ticket or state.promised is None or self.refused is not None:
-            raise RuntimeError(f"{num_external_tokens} external tokens for a request that was promised none")
+            self._lose(request, f"{num_external_tokens} external tokens are not promised any more")
+            return
         first, promised = state.promised
         count, rest = divmod(num_external_tokens, self._bs)
-        if rest or count > promised:
-            raise RuntimeError(f"{num_external_tokens} external tokens, expected {promised * self._bs}")
         namespace = self.client.namespace_id()
-        if namespace is None:
-            raise RuntimeError("the sidecar went away between grant and load")
         ids = blocks.get_block_ids()[0][first : first + count]
-        if len(ids) != count or 0 in ids:
-            raise RuntimeError(f"expected {count} blocks from block {first} on, got {len(ids)}")
-        self._plan_load(state, first, ids, namespace)
+        if rest or count > promised or len(ids) != count or 0 in ids:
+            self._lose(request, f"expected {promised} blocks from block {first} on, got {count} as {ids}")
+        elif namespace is None:
+            self._lose(request, "the sidecar went away between grant and load")
+        else:
+            self._plan_load(state, first, ids, namespace)
+
+    def _lose(self, request: Any, reason: str) -> None:
+        log_limited(logging.WARNING, "lost", "a promised load is recomputed: %s", reason)
+        self.fail_load(request.request_id)
 
     def _plan_load(self, state: Req, first: int, ids: list[int], namespace: bytes) -> None:
         request = state.request
