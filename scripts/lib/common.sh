@@ -49,7 +49,7 @@ locked() {
     shift
     (
         if have flock; then
-            flock -n 9 || {
+            flock -w 3 9 || {
                 note "waiting for another script that is setting up $name"
                 flock 9
             }
