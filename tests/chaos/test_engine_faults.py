@@ -8,22 +8,50 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from chaos.conftest import World
 from chaos.engine import CANCELLED, DONE, FAILED, Traffic, chain
-from chaos.sidecar import Sidecar, until
+from chaos.sidecar import Sidecar, ended, until
 
 VICTIM = Path(__file__).with_name("victim.py")
 
 
-def spawn(sidecar: Sidecar, name: str, seed: int, way: str) -> subprocess.Popen[bytes]:
-    code = [sys.executable, str(VICTIM), str(sidecar.socket), name, str(seed), way]
-    return subprocess.Popen(
-        code, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    )
+class Victims:
+    """Engines that can be killed. They fight with one sidecar."""
+
+    def __init__(self, sidecar: Sidecar) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        code = [sys.executable, str(VICTIM), str(sidecar.socket)]
+        self.process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def spawn(self, *engines: tuple[str, int, str]) -> list[int]:
+        """(name, seed, way) each; their pids when all of them work, in no order."""
+        assert self.process.stdin and self.process.stdout
+        for name, seed, way in engines:
+            self.process.stdin.write(f"{name} {seed} {way}\n".encode())
+        self.process.stdin.flush()
+        return [int(self.process.stdout.readline()) for _ in engines]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def victims() -> Iterator[Callable[[Sidecar], Victims]]:
+    made: list[Victims] = []
+
+    def make(sidecar: Sidecar) -> Victims:
+        made.append(Victims(sidecar))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 def leftovers(sidecar: Sidecar, names: list[str]) -> str:
@@ -37,33 +65,32 @@ def leftovers(sidecar: Sidecar, names: list[str]) -> str:
     return "; ".join(found)
 
 
+Make = Callable[[Sidecar], Victims]
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_an_engine_killed_at_any_point_leaves_nothing_behind(world: World, seed: int) -> None:
-    """15 kills a seed. Its memfd is unmapped, its leases and jobs are gone, and what is served is right."""
+def test_an_engine_killed_at_any_point_leaves_nothing_behind(world: World, victims: Make, seed: int) -> None:
+    """30 kills a seed. Its memfd is unmapped, its leases and jobs are gone, and what is served is right."""
     chance = random.Random(seed)
     sidecar = world.sidecar(host_pool="16MiB")
     reader = world.engine(sidecar, "reader")
+    zoo = victims(sidecar)
     prompts = Traffic(reader, 0).prompts
     killed = 0
-    for batch in range(5):
+    for batch in range(10):
         names = [f"victim-{seed}-{batch}-{index}" for index in range(3)]
         ways = ["memfd", "memfd", "process_vm"]
-        victims = [
-            spawn(sidecar, name, chance.randrange(10**6), way) for name, way in zip(names, ways, strict=True)
-        ]
-        for victim in victims:
-            assert victim.stdout and victim.stdout.readline() == b"working\n"
+        pids = zoo.spawn(
+            *((name, chance.randrange(10**6), way) for name, way in zip(names, ways, strict=True))
+        )
         maps = Path(f"/proc/{sidecar.worker_pid}/maps").read_text()
-        for victim, name, way in zip(victims, names, ways, strict=True):
-            assert victim.poll() is None, "it ended before it was killed"
+        for name, way in zip(names, ways, strict=True):
             assert (f"kv-{name} " in maps) == (way == "memfd"), "mapped while it lives"
-        for victim in victims:
+        for pid in pids:
             time.sleep(chance.uniform(0, 0.05))
-            assert victim.poll() is None, "it ended before it was killed"
-            os.kill(victim.pid, signal.SIGKILL)
+            assert not ended(pid), "it ended before it was killed"
+            os.kill(pid, signal.SIGKILL)
             killed += 1
-        for victim in victims:
-            victim.wait()
         gone = time.monotonic()
         while rest := leftovers(sidecar, names):
             assert time.monotonic() < gone + 3, rest
@@ -71,20 +98,21 @@ def test_an_engine_killed_at_any_point_leaves_nothing_behind(world: World, seed:
             if count := reader.lookup(prompt):
                 assert len(reader.must_load(prompt).hashes) == count
         until(lambda: sidecar.status()["pool"]["leased_bytes"] == 0, "the reader's leases to be given back")
-    assert killed == 15
+    assert killed == 30
     status = sidecar.status()
     assert status["tiers"][0]["blocks_saved"] > 0 and status["jobs"]["loads"]["done"] > 0
     assert status["faults"]["checksum_failures"] == 0
 
 
-def test_an_engine_killed_while_the_sidecar_is_stopped_is_cleaned_up_afterwards(world: World) -> None:
+def test_an_engine_killed_while_the_sidecar_is_stopped_is_cleaned_up_afterwards(
+    world: World, victims: Make
+) -> None:
     sidecar = world.sidecar()
-    victim = spawn(sidecar, "victim", 5, "memfd")
-    assert victim.stdout and victim.stdout.readline() == b"working\n"
+    (victim,) = victims(sidecar).spawn(("victim", 5, "memfd"))
     with sidecar.stopped():
         time.sleep(0.1)
-        victim.kill()
-        victim.wait()
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: ended(victim), "its end")
     until(lambda: not leftovers(sidecar, ["victim"]), lambda: leftovers(sidecar, ["victim"]), 3)
     reader = world.engine(sidecar, "reader")
     for prompt in Traffic(reader, 0).prompts:
@@ -92,19 +120,17 @@ def test_an_engine_killed_while_the_sidecar_is_stopped_is_cleaned_up_afterwards(
             reader.must_load(prompt)
 
 
-def test_a_stopped_engine_keeps_its_session_and_loses_its_leases(world: World) -> None:
+def test_a_stopped_engine_keeps_its_session_and_loses_its_leases(world: World, victims: Make) -> None:
     sidecar = world.sidecar(lease_seconds=1)
-    victim = spawn(sidecar, "victim", 6, "memfd")
-    assert victim.stdout and victim.stdout.readline() == b"working\n"
-    victim.send_signal(signal.SIGSTOP)
+    (victim,) = victims(sidecar).spawn(("victim", 6, "memfd"))
+    os.kill(victim, signal.SIGSTOP)
     until(lambda: sidecar.status()["leases"]["held"] == 0, "its leases to run out", 4)
     until(lambda: sidecar.status()["jobs"]["running"] == 0, "its jobs to end", 4)
     assert {s["engine_id"] for s in sidecar.sessions()} == {"victim"}
-    victim.send_signal(signal.SIGCONT)
-    time.sleep(0.2)
-    assert victim.poll() is None, "it goes on"
-    victim.kill()
-    victim.wait()
+    done = sidecar.status()["leases"]["granted"]
+    os.kill(victim, signal.SIGCONT)
+    until(lambda: sidecar.status()["leases"]["granted"] > done, "it to go on", 5)
+    os.kill(victim, signal.SIGKILL)
     until(lambda: not leftovers(sidecar, ["victim"]), lambda: leftovers(sidecar, ["victim"]), 3)
 
 
