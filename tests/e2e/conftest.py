@@ -21,12 +21,13 @@ from e2e.world import Checker, World
 def world() -> Iterator[World]:
     world = World()
     yield world
+    print(f"\nmisses that were tried again: {world.misses}")
     world.close()
 
 
 @pytest.fixture(scope="session")
 def identical(world: World) -> Checker:
-    return Checker(world.reference())
+    return Checker(world, world.reference())
 
 
 @pytest.hookimpl(wrapper=True)

@@ -54,12 +54,13 @@ def until(
 class Sidecar(ChaosSidecar):
     """The places of a sidecar that the engines' shim starts itself; `start()` starts one by hand."""
 
-    def __init__(self, **flags: object) -> None:
-        super().__init__(host_pool="512MiB", **flags)
+    def __init__(self) -> None:
+        super().__init__(host_pool="512MiB")
 
-    @property
-    def alive(self) -> bool:
-        return self.try_status() is not None
+    def launch(self) -> None:
+        """Starts one by hand, as a user or another engine would."""
+        done = self.command("serve", "--detach", "--host-pool=512MiB", "--http=off")
+        assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
     def idle(self) -> dict[str, Any]:
         """Waits until no engine, lease or job is left, and gives the report."""

@@ -56,3 +56,27 @@ SHORT = [prompt(f"short-{n}", n) for n in (1, 5, 31)]
 EDGES = [prompt(f"edge-{k * BLOCK + off}", k * BLOCK + off) for k in (1, 2, 7) for off in (-1, 0, 1)]
 CROWD = several("crowd", 32, 200, step=7, max_tokens=12)
 CHUNKED = several("chunked", 3, 1500, step=-101)
+COMMON = text("common", 352)
+GROWN = [prompt(f"grown-{n}", 700 + 50 * n, prefix=COMMON) for n in range(2)]
+
+# ---- aborted, reset, paused
+
+ABORTED = several("aborted", 12, 420, step=13, max_tokens=16)
+RESET = several("reset", 4, 330, step=21)
+PAUSED = several("paused", 4, 310, step=29, max_tokens=24)
+CLEARED = several("cleared", 3, 290, step=31, max_tokens=24)
+
+# ---- load while a sidecar is ill: a fresh set for each kind of illness
+
+ILLS = ("none", "killed", "stopped", "muted", "restarted", "unlinked", "minute")
+LOAD = {ill: several(f"load-{ill}", 12, 230, step=11, max_tokens=16) for ill in ILLS}
+AFTER = {ill: several(f"after-{ill}", 2, 300, step=40) for ill in ILLS}
+TIGHT = several("tight", 14, 330, step=9, max_tokens=72)
+
+# ---- engines that are killed, sidecars that come late, noise, other models
+
+VICTIMS = several("victim", 6, 640, step=-33, max_tokens=16)
+LATE = several("late", 3, 350, step=33)
+NOISY = several("noisy", 2, 290, step=64, max_tokens=12)
+OTHERS = several("other", 2, 340, step=40)
+OLDER = several("older", 2, 360, step=40)

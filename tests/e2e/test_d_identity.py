@@ -1,0 +1,103 @@
+"""KV really comes from the store, and never from another model's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e import noise
+from e2e.harness import Engine, Sidecar
+from e2e.prompts import BLOCK, LONG, NOISY, OTHERS
+from e2e.world import Checker, World
+
+
+@pytest.fixture(scope="module")
+def sidecar(world: World) -> Sidecar:
+    return world.sidecar()
+
+
+@contextmanager
+def running(world: World, name: str, sidecar: Sidecar, **options: Any) -> Iterator[Engine]:
+    engine = world.engine(name, sidecar, **options)
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def test_noise_in_the_store_changes_the_answers(world: World, identical: Checker, sidecar: Sidecar) -> None:
+    """The negative control: the same test with the right bytes is every other test here."""
+    with running(world, "asked", sidecar) as engine:
+        namespace = engine.call("namespace")
+        hashes = {prompt.name: engine.hashes(prompt) for prompt in NOISY}
+        identical(*engine.ask_all(LONG[3:]))
+        engine.quiet()
+    for prompt in NOISY:
+        noise.save(sidecar.socket, namespace, hashes[prompt.name][: prompt.usable // BLOCK], BLOCK)
+    with running(world, "deceived", sidecar) as engine:
+        answers = [engine.ask(prompt) for prompt in NOISY]
+        assert [answer.loaded for answer in answers] == [prompt.usable for prompt in NOISY]
+        for answer in answers:
+            assert answer.tokens != identical.references[answer.prompt.name].tokens, (
+                f"{answer.prompt.name}: noise was loaded, and the answer is the same"
+            )
+        identical.loads(engine, LONG[3:])
+
+
+@pytest.fixture(scope="module")
+def place(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A path with model a's weights, until a test puts others there."""
+    place = tmp_path_factory.mktemp("model") / "weights"
+    shutil.copytree(world.model("a"), place)
+    return place
+
+
+def saved_and_not_loaded(engine: Engine, check: Checker) -> None:
+    """These answers are this model's own, and Pillion has nothing for it yet; then it has."""
+    answers = engine.ask_all(OTHERS)
+    check(*answers)
+    assert [answer.loaded for answer in answers] == [0] * len(OTHERS)
+    engine.quiet()
+    engine.forget()
+    check.loads(engine, OTHERS)
+
+
+def test_other_weights_under_the_same_path_are_another_model(
+    world: World, identical: Checker, sidecar: Sidecar, place: Path
+) -> None:
+    other = Checker(world, world.reference("b", OTHERS))
+    assert all(
+        other.references[prompt.name].tokens != identical.references[prompt.name].tokens for prompt in OTHERS
+    )
+    with running(world, "weights-a", sidecar, path=place) as engine:
+        saved_and_not_loaded(engine, identical)
+    for file in place.iterdir():
+        file.unlink()
+    for file in world.model("b").iterdir():
+        shutil.copy(file, place)
+    with running(world, "weights-b", sidecar, path=place) as engine:
+        saved_and_not_loaded(engine, other)
+
+
+def test_another_dtype_is_another_model(world: World, sidecar: Sidecar, place: Path) -> None:
+    half = Checker(world, world.reference("a", OTHERS, dtype="bfloat16"))
+    with running(world, "bfloat16", sidecar, dtype="bfloat16") as engine:
+        answers = engine.ask_all(OTHERS)
+        assert [answer.loaded for answer in answers] == [0] * len(OTHERS)
+        half(*answers)
+
+
+def test_two_models_live_side_by_side(
+    world: World, identical: Checker, sidecar: Sidecar, place: Path
+) -> None:
+    """The sidecar has both by now; and the same weights are the same model wherever they lie."""
+    other = Checker(world, world.reference("b", OTHERS))
+    with running(world, "again-a", sidecar) as engine:
+        identical.loads(engine, OTHERS)
+    with running(world, "again-b", sidecar, which="b") as engine:
+        other.loads(engine, OTHERS)
