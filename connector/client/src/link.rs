@@ -88,6 +88,8 @@ pub(crate) struct Health {
     pub(crate) launches: AtomicU64,
     pub(crate) kills: AtomicU64,
     engines: AtomicU32,
+    /// Attached, but without answers.
+    mute: AtomicBool,
     text: Mutex<String>,
 }
 
@@ -97,6 +99,11 @@ impl Health {
     }
 
     pub(crate) fn text(&self) -> String {
+        if self.mute.load(Ordering::Relaxed) {
+            return "connecting: attached, but the sidecar does not answer heartbeats: it is stopped, hangs, or \
+                    gets no processor"
+                .into();
+        }
         self.text.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
@@ -166,8 +173,10 @@ impl Runner {
                 Ok((mut connection, heartbeat)) => {
                     backoff = BACKOFF_MIN;
                     self.health.attaches.fetch_add(1, Ordering::Relaxed);
+                    self.health.say("connecting: attached, waiting for what comes after");
                     let why = self.serve(&mut connection, heartbeat);
                     self.health.alive.store(false, Ordering::Release);
+                    self.health.mute.store(false, Ordering::Relaxed);
                     self.outbox.close();
                     self.health.losses.fetch_add(1, Ordering::Relaxed);
                     self.health.say(format!("connecting: {why}"));
@@ -221,7 +230,9 @@ impl Runner {
         });
         let _ = self.outbox.send(&hello);
         let attached = self.await_welcome(&mut connection)?;
-        let heartbeat = Duration::from_millis(u64::from(attached.welcome.heartbeat_ms.clamp(10, 10_000)));
+        // Leases are renewed with heartbeats: several must fit into one, whatever is configured.
+        let beat = attached.welcome.heartbeat_ms.min(attached.welcome.lease_ms / 4).clamp(10, 10_000);
+        let heartbeat = Duration::from_millis(u64::from(beat));
         self.half.attached(attached, &self.outbox)?;
         Ok((connection, heartbeat))
     }
@@ -274,6 +285,7 @@ impl Runner {
                 self.half.beat(&self.outbox);
                 let mute = sequence - answered > u64::from(MUTE_BEATS);
                 self.health.alive.store(!mute, Ordering::Release);
+                self.health.mute.store(mute, Ordering::Relaxed);
                 if mute {
                     self.kill_if_overdue(connection, heard);
                 }
@@ -306,6 +318,7 @@ impl Runner {
                         heard = Instant::now();
                         self.health.engines.store(pong.engines, Ordering::Relaxed);
                         self.health.alive.store(true, Ordering::Release);
+                        self.health.mute.store(false, Ordering::Relaxed);
                     }
                     Ok(Some((Message::Bye(bye), _))) => {
                         connection.bye = true;
