@@ -63,7 +63,8 @@ class Sidecar:
         self.state = self.place / "s"
         self.socket = self.runtime / "cpu0.sock"
         self.log = self.place / "log"
-        self.flags = {"host_pool": "64MiB", "http": "off", **flags}
+        # Mute after four heartbeats: on a machine with more work than cores one second comes too soon.
+        self.flags = {"host_pool": "64MiB", "http": "off", "heartbeat_ms": 1000, **flags}
         self.config = self.place / "pillion.toml"
         self.config.write_text(config)
         # Other users must get through to the runtime folder, whose own mode the sidecar decides.

@@ -204,11 +204,11 @@ def test_a_pool_full_of_leases_takes_no_save_and_recovers(world: World) -> None:
 
 
 def test_a_lease_in_use_is_renewed_and_given_back_with_its_job(world: World) -> None:
-    sidecar = world.sidecar(lease_seconds=1)
+    sidecar = world.sidecar(lease_seconds=1, heartbeat_ms=10_000)
     engine = world.engine(sidecar)
     prompt = chain("a", 8)
     engine.must_save(prompt)
-    # For more than two lease times the client renews what it has a ticket for.
+    # However rare its heartbeats: for more than two lease times the client renews what it has a ticket for.
     ticket, granted, lease = engine.lease(prompt)
     engine.scheduler.lease_used(ticket)
     used = time.monotonic()

@@ -186,7 +186,7 @@ def test_the_supervisor_kills_a_worker_that_is_mute_and_the_holds_end(world: Wor
 
 @pytest.mark.parametrize("others", [0, 1])
 def test_a_shim_kills_a_mute_sidecar_only_if_it_is_the_only_one_there(world: World, others: int) -> None:
-    sidecar = world.sidecar()
+    sidecar = world.sidecar(heartbeat_ms=100)
     engine = world.engine(sidecar, grace_ms=300)
     for _ in range(others):
         world.engine(sidecar)
@@ -297,3 +297,20 @@ def test_a_sidecar_that_is_told_to_start_by_its_engines_starts_once(world: World
     with contextlib.suppress(ProcessLookupError):
         os.kill(sidecar.supervisor_pid, signal.SIGTERM)
     until(lambda: not sidecar.socket.exists(), "it to end")
+
+
+def test_a_mute_sidecar_is_called_so_and_asked_for_nothing(world: World) -> None:
+    sidecar = world.sidecar(heartbeat_ms=50)
+    engine = world.engine(sidecar)
+    prompt = chain("a", 4)
+    engine.must_save(prompt)
+    with sidecar.stopped():
+        engine.wait_for(
+            lambda: engine.told().count("does not answer heartbeats") == 2, "both halves to notice", 5
+        )
+        assert engine.scheduler.lease(b"".join(prompt)) == 0
+        begun = time.monotonic()
+        assert engine.wait(engine.save(chain("b", 2)), 1).outcome == CANCELLED
+        assert time.monotonic() - begun < 0.5, "at once, not at its deadline"
+    engine.await_ready()
+    engine.must_load(prompt)
