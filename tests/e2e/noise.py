@@ -5,12 +5,13 @@ It uses the shipped client as a worker's shim does, with the real engine's names
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import time
 from pathlib import Path
 
-from chaos.engine import canary
+from chaos.engine import F_ADD_SEALS, SEALS, canary
 from pillion._native import SchedulerClient, WorkerClient
 
 LAYERS, HEADS, CONTENT = 4, 2, 512  # the small model's: head size 64, K and V, float32
@@ -24,6 +25,7 @@ def save(socket: Path, namespace: dict[str, str], hashes: list[bytes], block_tok
     total = LAYERS * blocks * page
     fd = os.memfd_create("pillion-noise", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, total)
+    fcntl.fcntl(fd, F_ADD_SEALS, SEALS)
     memory = mmap.mmap(fd, total)
     floats = bytes(byte if index % 4 != 3 else 0x3F for index, byte in enumerate(os.urandom(page)))
     for layer in range(LAYERS):

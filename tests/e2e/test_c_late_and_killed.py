@@ -35,14 +35,20 @@ def test_a_sidecar_that_starts_after_the_engine_is_found(world: World, identical
     sidecar.idle()
 
 
-def die(engine: Engine, delay: float) -> None:
-    """SIGKILL to all of the engine's processes, `delay` seconds into a burst of requests."""
+def die(engine: Engine, delay: float | None) -> None:
+    """SIGKILL to all of the engine's processes: so long after a burst of requests, or at the first token."""
     requests = [engine.submit(prompt) for prompt in VICTIMS]
-    if delay > 0:
-        time.sleep(delay)
-    else:
+    if delay is None:
         assert requests[0].first.wait(60)
+    else:
+        time.sleep(delay)
     engine.kill()
+
+
+def nothing_left(sidecar: Sidecar) -> None:
+    report = sidecar.idle()
+    assert report["jobs"]["running"] == 0, report["jobs"]
+    assert report["faults"] == dict.fromkeys(report["faults"], 0), report["faults"]
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +57,39 @@ def survivor(world: World, identical: Checker) -> Sidecar:
     return world.sidecar()
 
 
-@pytest.mark.parametrize("delay", [0.02, 0.0, 0.25], ids=["starting", "saving", "loading"])
-def test_an_engine_that_is_killed_leaves_nothing_behind(
-    world: World, survivor: Sidecar, identical: Checker, delay: float
-) -> None:
-    engine = world.engine("victim", survivor)
-    die(engine, delay)
-    report = survivor.idle()
-    assert report["jobs"]["running"] == 0, report["jobs"]
-    assert report["faults"] == dict.fromkeys(report["faults"], 0), report["faults"]
-
-
-def test_nothing_half_saved_is_served(world: World, survivor: Sidecar, identical: Checker) -> None:
+def heir(world: World, survivor: Sidecar, identical: Checker) -> list[int]:
+    """Of what the dead have left, whatever is there is right. Stores the rest; says what was there."""
     engine = world.engine("heir", survivor)
     try:
-        # Of what the dead have left, some is there; whatever is, is right.
         answers = [engine.ask(prompt) for prompt in VICTIMS]
         identical(*answers)
-        print(f"from the dead: {[answer.loaded for answer in answers]}")
         engine.quiet()
         engine.forget()
         identical.loads(engine, VICTIMS)
     finally:
         engine.stop()
-    survivor.idle()
+    nothing_left(survivor)
+    return [answer.loaded for answer in answers]
+
+
+@pytest.mark.parametrize("delay", [0.05, None], ids=["soon", "at the first token"])
+def test_an_engine_that_is_killed_while_it_saves(
+    world: World, survivor: Sidecar, delay: float | None
+) -> None:
+    die(world.engine("saver", survivor), delay)
+    nothing_left(survivor)
+
+
+def test_nothing_half_saved_is_served(world: World, survivor: Sidecar, identical: Checker) -> None:
+    print(f"tokens from the dead: {heir(world, survivor, identical)}")
+
+
+@pytest.mark.parametrize("delay", [0.004, 0.02, 0.06])
+def test_an_engine_that_is_killed_while_it_loads(world: World, survivor: Sidecar, delay: float) -> None:
+    die(world.engine("loader", survivor), delay)
+    nothing_left(survivor)
+
+
+def test_all_of_it_is_still_there(world: World, survivor: Sidecar, identical: Checker) -> None:
+    found = heir(world, survivor, identical)
+    assert sum(map(bool, found)) > len(found) // 2, found
