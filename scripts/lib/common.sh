@@ -7,6 +7,8 @@ set -euo pipefail
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
 VENVS=$ROOT/.venv
 LOGS=$ROOT/target/logs
+# shellcheck disable=SC2034 # for scripts that take paths: what the caller names is relative to here
+CALLER=$PWD
 mkdir -p "$VENVS" "$LOGS"
 cd "$ROOT"
 

@@ -63,6 +63,8 @@ def note(text: str) -> None:
 class Quickstart:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        if args.json and not args.json.parent.is_dir():
+            raise Failed(f"expected the folder of --json {args.json} to exist, it does not: make it first")
         self.port = free_port(args.port)
         self.model = args.model or str(ROOT / "target" / "models" / "quickstart")
         # Salted with something new, the same prompts are unknown to a sidecar that served an earlier run.
