@@ -25,7 +25,7 @@ class Settings:
     save_deadline_ms: int = 30_000
     max_hold_fraction: float = 0.10
     lookup_wait_us: int = 200
-    lookup_deadline_ms: int = 100
+    lookup_deadline_ms: int = 500
     start_wait_ms: int = 10_000
 
     def load_deadline(self, load_bytes: int) -> int:
