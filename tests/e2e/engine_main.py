@@ -59,7 +59,7 @@ class Stats:
 
         sums = self.sums
 
-        class Logger(StatLoggerBase):  # type: ignore[misc]
+        class Logger(StatLoggerBase):
             def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
                 pass
 
@@ -77,14 +77,25 @@ class Stats:
         return Logger
 
 
-def namespace_of(_worker: Any) -> dict[str, str]:
-    """The namespace that the shim in this worker has built (called inside the worker)."""
+def identity_of(_worker: Any) -> dict[str, Any]:
+    """The namespace that the shim in this worker has built, and the shape of its KV (called in the worker)."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from pillion.vllm import identity
 
     connector = get_kv_transfer_group()
-    return identity.namespace_fields(connector._vllm_config, connector._kv_cache_config, connector._settings)
+    config = connector._kv_cache_config
+    spec = config.kv_cache_groups[0].kv_cache_spec
+    return {
+        "namespace": identity.namespace_fields(connector._vllm_config, config, connector._settings),
+        "layers": list(config.kv_cache_tensors[0].layers),
+        "dtype": str(spec.dtype),
+        "kind": type(spec).__name__,
+        "heads": spec.num_heads,
+        "states": spec.num_states,
+        "content_bytes": spec.state_content_size_bytes,
+        "block_tokens": spec.block_size,
+    }
 
 
 def counters_of(_worker: Any) -> dict[str, Any]:
@@ -209,9 +220,9 @@ class Session:
     async def do_stats(self, _number: int) -> dict[str, int]:
         return dict(self.stats.sums)
 
-    async def do_namespace(self, _number: int) -> dict[str, str]:
-        (fields,) = await self.engine.collective_rpc(namespace_of)
-        return dict(fields)
+    async def do_identity(self, _number: int) -> dict[str, Any]:
+        (found,) = await self.engine.collective_rpc(identity_of)
+        return dict(found)
 
     async def do_counters(self, _number: int) -> dict[str, Any]:
         (counters,) = await self.engine.collective_rpc(counters_of)

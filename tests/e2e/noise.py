@@ -8,68 +8,90 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-import time
 from pathlib import Path
+from typing import Any
 
 from chaos.engine import F_ADD_SEALS, SEALS, canary
+from e2e.harness import until
 from pillion._native import SchedulerClient, WorkerClient
 
-LAYERS, HEADS, CONTENT = 4, 2, 512  # the small model's: head size 64, K and V, float32
 DONE = 1
+SEED = 7
 
 
-def save(socket: Path, namespace: dict[str, str], hashes: list[bytes], block_tokens: int) -> None:
-    """Saves random floats as the KV of these blocks, which are a prompt's from its beginning."""
-    page = HEADS * block_tokens * CONTENT
-    blocks = len(hashes) + 1
-    total = LAYERS * blocks * page
-    fd = os.memfd_create("pillion-noise", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, total)
-    fcntl.fcntl(fd, F_ADD_SEALS, SEALS)
-    memory = mmap.mmap(fd, total)
-    floats = bytes(byte if index % 4 != 3 else 0x3F for index, byte in enumerate(os.urandom(page)))
-    for layer in range(LAYERS):
-        for block in range(1, blocks):
-            begin = (layer * blocks + block) * page
-            memory[begin : begin + page] = floats
-    seed = 7
-    proof = canary(seed, LAYERS * page)
-    for layer in range(LAYERS):
-        begin = layer * blocks * page
-        memory[begin : begin + page] = proof[layer * page : (layer + 1) * page]
-    engine = f"noise-{os.urandom(4).hex()}"
-    scheduler = SchedulerClient(socket=str(socket), engine_id=engine, tenant="default", namespace=namespace)
-    worker = WorkerClient(socket=str(socket), engine_id=engine, tenant="default", namespace=namespace)
-    names = [f"layers.{index}" for index in range(LAYERS)]
-    try:
-        worker.register(
+class NoisyEngine:
+    """One block's worth of random floats, in every block but the first, which has the canary."""
+
+    def __init__(self, socket: Path, identity: dict[str, Any], blocks: int) -> None:
+        self.identity = identity
+        self.blocks = blocks
+        self.layers: list[str] = identity["layers"]
+        self.page: int = identity["heads"] * identity["states"] * identity["content_bytes"]
+        self.total = len(self.layers) * blocks * self.page
+        self.fd = os.memfd_create("pillion-noise", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.fd, self.total)
+        fcntl.fcntl(self.fd, F_ADD_SEALS, SEALS)
+        self.memory = mmap.mmap(self.fd, self.total)
+        self._fill()
+        options: dict[str, Any] = {
+            "socket": str(socket),
+            "engine_id": f"noise-{os.urandom(4).hex()}",
+            "tenant": "default",
+            "namespace": identity["namespace"],
+        }
+        self.scheduler = SchedulerClient(**options)
+        self.worker = WorkerClient(**options)
+
+    def _put(self, layer: int, block: int, content: bytes) -> None:
+        begin = (layer * self.blocks + block) * self.page
+        self.memory[begin : begin + self.page] = content
+
+    def _fill(self) -> None:
+        # The highest byte 0x3f makes a float32 of about 1: noise, and no infinity.
+        floats = bytes(byte if index % 4 != 3 else 0x3F for index, byte in enumerate(os.urandom(self.page)))
+        proof = canary(SEED, len(self.layers) * self.page)
+        for layer in range(len(self.layers)):
+            self._put(layer, 0, proof[layer * self.page : (layer + 1) * self.page])
+            for block in range(1, self.blocks):
+                self._put(layer, block, floats)
+
+    def register(self) -> None:
+        same = ("dtype", "kind", "heads", "states", "content_bytes", "block_tokens")
+        self.worker.register(
             layout="LBHNC",
-            num_blocks=blocks,
-            block_tokens=block_tokens,
-            dtype="torch.float32",
-            kind="FullAttentionSpec",
-            heads=HEADS,
-            states=block_tokens,
-            content_bytes=CONTENT,
-            page_bytes=page,
-            tensors=[(total, 0, blocks * page, page, names)],
-            memory_bytes=total,
-            memfd=fd,
-            canary_seed=seed,
+            num_blocks=self.blocks,
+            page_bytes=self.page,
+            tensors=[(self.total, 0, self.blocks * self.page, self.page, self.layers)],
+            memory_bytes=self.total,
+            memfd=self.fd,
+            canary_seed=SEED,
+            **{name: self.identity[name] for name in same},
         )
-        deadline = time.monotonic() + 20
-        while not (scheduler.ready() and worker.ready()):
-            assert time.monotonic() < deadline, f"{scheduler.status()}; {worker.status()}"
-            time.sleep(0.01)
-        space = scheduler.namespace_id()
+        until(
+            lambda: self.scheduler.ready() and self.worker.ready(),
+            lambda: f"attached: {self.scheduler.status()}; {self.worker.status()}",
+        )
+
+    def save(self, hashes: list[bytes]) -> None:
+        space = self.scheduler.namespace_id()
         assert space is not None
-        worker.submit_save(os.urandom(16), space, b"", b"".join(hashes), list(range(1, blocks)), 10_000)
-        while not (events := worker.poll()):
-            assert time.monotonic() < deadline, "expected the save to end"
-            time.sleep(0.01)
+        blocks = list(range(1, len(hashes) + 1))
+        self.worker.submit_save(os.urandom(16), space, b"", b"".join(hashes), blocks, 10_000)
+        events = until(self.worker.poll, lambda: "the save ends")
         assert events[0][1:] == (DONE, True, len(hashes)), events
+
+    def close(self) -> None:
+        self.scheduler.close()
+        self.worker.close()
+        self.memory.close()
+        os.close(self.fd)
+
+
+def save(socket: Path, identity: dict[str, Any], hashes: list[bytes]) -> None:
+    """Saves noise as the KV of these blocks, which are a prompt's from its beginning."""
+    engine = NoisyEngine(socket, identity, len(hashes) + 1)
+    try:
+        engine.register()
+        engine.save(hashes)
     finally:
-        scheduler.close()
-        worker.close()
-        memory.close()
-        os.close(fd)
+        engine.close()
