@@ -431,12 +431,21 @@ class Traffic:
     """Random saves and loads of one engine, one small step at a time."""
 
     def __init__(
-        self, engine: FakeEngine, seed: int, *, prompts: int = 24, length: int = 12, deadline_ms: int = 2_000
+        self,
+        engine: FakeEngine,
+        seed: int,
+        *,
+        prompts: int = 24,
+        length: int = 12,
+        deadline_ms: int = 2_000,
+        whole: bool = False,
     ) -> None:
         self.engine = engine
         self.random = random.Random(seed)
         self.prompts = [chain(f"prompt-{index}", length) for index in range(prompts)]
         self.deadline_ms = deadline_ms
+        # Saves begin with the first block: no parent can be evicted between our look and the save.
+        self.whole = whole
         self.loads = self.saves = 0
 
     def step(self) -> None:
@@ -446,7 +455,7 @@ class Traffic:
         if len(engine.jobs) >= 8:
             return
         prompt = self.random.choice(self.prompts)
-        if len(engine.free) < len(prompt):
+        if len(engine.free) < len(prompt) and not engine.watched:
             return
         if self.random.random() < 0.6 and (
             load := engine.load(prompt, deadline_ms=self.deadline_ms, seconds=0.05)
@@ -454,9 +463,7 @@ class Traffic:
             self.loads += 1
             assert load.hashes == prompt[: len(load.hashes)]
         else:
-            start = self.random.randrange(len(prompt))
-            count = engine.lookup(prompt)
-            start = min(start, count)
+            start = 0 if self.whole else min(self.random.randrange(len(prompt)), engine.lookup(prompt))
             parent = prompt[start - 1] if start else b""
             engine.save(prompt[start:], parent=parent, deadline_ms=self.deadline_ms)
             self.saves += 1

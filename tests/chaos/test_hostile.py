@@ -10,13 +10,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
 from chaos import wire
 from chaos.conftest import World
-from chaos.engine import FakeEngine, Traffic, chain
+from chaos.engine import Traffic, chain
 from chaos.sidecar import Sidecar, until
 from chaos.wire import Raw
 
@@ -369,22 +368,23 @@ def impostor(sidecar: Sidecar, uid: int, engine: str, tenant: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_another_user_is_denied_unless_allowed(world: World) -> None:
     config = "allow_uids = [4711]\n[tenants]\nred = { uids = [4712] }\n"
     sidecar = world.sidecar(config=config)
     closed = world.sidecar()
+    assert sidecar.runtime.stat().st_mode & 0o777 == 0o711
+    assert closed.runtime.stat().st_mode & 0o777 == 0o700
+    secret = sidecar.state / "secret"
+    assert secret.stat().st_mode & 0o777 == 0o600 and sidecar.state.stat().st_mode & 0o777 == 0o700
+    if os.geteuid() != 0:
+        return  # only root can be somebody else; what keeps others out was looked at
     with honest(world, sidecar):
         assert "refused" in impostor(sidecar, 4713, "stranger", "default")
         assert "refused" in impostor(sidecar, 4711, "stranger", "red")
         assert "refused" in impostor(sidecar, 4712, "stranger", "default")
         assert impostor(sidecar, 4711, "friend", "default") == "ready|10"
         assert impostor(sidecar, 4712, "red", "red") == "ready|0"
-    assert sidecar.runtime.stat().st_mode & 0o777 == 0o711
-    assert closed.runtime.stat().st_mode & 0o777 == 0o700
     assert "Permission denied" in impostor_unreachable(closed)
-    secret = sidecar.state / "secret"
-    assert secret.stat().st_mode & 0o777 == 0o600 and sidecar.state.stat().st_mode & 0o777 == 0o700
 
 
 def impostor_unreachable(sidecar: Sidecar) -> str:
@@ -396,7 +396,7 @@ def impostor_unreachable(sidecar: Sidecar) -> str:
     return done.stderr
 
 
-def test_jobs_that_no_correct_client_sends_end_the_worker_in_time(world: World) -> None:
+def test_jobs_that_no_correct_client_sends_are_refused(world: World) -> None:
     """Blocks beyond the cache, jobs before a registration, double ids: all refused, none copied."""
     sidecar = world.sidecar()
     with honest(world, sidecar):
@@ -418,4 +418,3 @@ def test_jobs_that_no_correct_client_sends_end_the_worker_in_time(world: World) 
         raw.socket.shutdown(1)
         answered += [kind for kind, _ in raw.rest()]
         assert wire.REFUSED in answered or wire.BYE in answered
-    assert isinstance(world.engines[0], FakeEngine) and Path(sidecar.socket).exists()

@@ -172,7 +172,7 @@ def test_eviction_leaves_prefixes_that_are_whole_and_right(world: World, seed: i
     # 4 MiB hold 256 blocks of 16 KiB; the prompts have 600.
     sidecar = world.sidecar(host_pool="4MiB")
     engine = world.engine(sidecar)
-    traffic = Traffic(engine, seed, prompts=50)
+    traffic = Traffic(engine, seed, prompts=50, whole=True)
     traffic.run(2.0)
     engine.settle()
     status = sidecar.status()
