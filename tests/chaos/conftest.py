@@ -50,10 +50,12 @@ class World:
 @pytest.fixture
 def world() -> Iterator[World]:
     world = World()
-    yield world
-    for engine in world.engines:
-        engine.check()
-    world.close()
+    try:
+        yield world
+        for engine in world.engines:
+            engine.check()
+    finally:
+        world.close()
 
 
 @pytest.hookimpl(wrapper=True)

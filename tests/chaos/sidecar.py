@@ -117,6 +117,15 @@ class Sidecar:
         """Those of engines; the one that asks is an observer."""
         return [session for session in self.status()["sessions"] if session["role"] != "observer"]
 
+    def await_unleased(self, seconds: float = 5.0) -> None:
+        """What engines gave back has come to be free: nothing is pinned, no lease is left."""
+
+        def unleased() -> bool:
+            status = self.status()
+            return not (status["pool"]["leased_bytes"] or status["leases"]["held"])
+
+        until(unleased, lambda: f"leases to end\n{self.explain()}", seconds)
+
     def explain(self) -> str:
         """For failures: what it says of itself, and the end of its log."""
         lines: list[str] = []

@@ -97,7 +97,7 @@ def test_an_engine_killed_at_any_point_leaves_nothing_behind(world: World, victi
         for prompt in prompts:
             if count := reader.lookup(prompt):
                 assert len(reader.must_load(prompt).hashes) == count
-        until(lambda: sidecar.status()["pool"]["leased_bytes"] == 0, "the reader's leases to be given back")
+        sidecar.await_unleased()
     assert killed == 30
     status = sidecar.status()
     assert status["tiers"][0]["blocks_saved"] > 0 and status["jobs"]["loads"]["done"] > 0
@@ -186,7 +186,7 @@ def test_a_load_that_is_late_ends_once_and_holds_its_blocks_until_nothing_writes
         seen[job.outcome] += 1
     engine.settle()
     assert seen[DONE] > 5 and seen[FAILED] > 5, seen
-    assert sidecar.status()["pool"]["leased_bytes"] == 0
+    sidecar.await_unleased()
 
 
 def test_more_jobs_than_the_sidecar_takes_end_all_the_same(world: World) -> None:
@@ -213,6 +213,6 @@ def test_a_closed_client_detaches_at_once(world: World) -> None:
     engine.scheduler.close()
     engine.worker.close()
     until(lambda: not sidecar.sessions(), "its sessions to end", 3)
-    until(lambda: sidecar.status()["pool"]["leased_bytes"] == 0, "its leases to end", 3)
+    sidecar.await_unleased()
     assert engine.lookup(chain("a", 10)) == 0
     assert engine.wait(engine.save(chain("b", 2)), 1).outcome == CANCELLED

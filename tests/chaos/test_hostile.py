@@ -60,8 +60,7 @@ def honest(world: World, sidecar: Sidecar) -> Iterator[Traffic]:
         lambda: not [s for s in sidecar.sessions() if s["engine_id"] != "honest"],
         "the hostile sessions to end",
     )
-    status = sidecar.status()
-    assert status["pool"]["leased_bytes"] == 0 and status["leases"]["held"] == 0
+    sidecar.await_unleased()
 
 
 def descriptors(pid: int) -> int:

@@ -147,7 +147,7 @@ def test_a_stopped_sidecar_fails_jobs_at_their_deadline_and_holds_their_blocks(w
         engine.await_ready()
         recovers(engine, "continued")
     assert sidecar.status()["sidecar"]["worker_restarts"] == 0
-    assert sidecar.status()["pool"]["leased_bytes"] == 0
+    sidecar.await_unleased()
 
 
 def test_under_load_a_stop_and_a_continue_change_no_byte(world: World) -> None:
