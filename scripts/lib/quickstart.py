@@ -273,7 +273,10 @@ def verdict(rows: list[Row], own_model: bool) -> list[str]:
     if different := [row.prompt.name for row in rows if not row.identical]:
         problems.append(f"the output differs from plain vLLM's for {', '.join(different)}")
         if own_model:
-            problems[-1] += " (with this model that can come from vLLM itself: see the warning above)"
+            problems[-1] += (
+                " (with this model that can come from vLLM itself: see the warning above; "
+                "`-- --dtype float32` widens the margins)"
+            )
     if missed := [row.prompt.name for row in rows if row.prompt.first and row.loaded == 0]:
         problems.append(f"Pillion loaded nothing for {', '.join(missed)}")
     return problems
