@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,3 +110,19 @@ def test_two_models_live_side_by_side(
         identical.loads(engine, OTHERS)
     with running(world, "again-b", sidecar, which="b") as engine:
         other.loads(engine, OTHERS)
+
+
+def test_two_tenants_never_share(world: World, identical: Checker) -> None:
+    """The same model and the same prompts: each tenant finds its own, and that only."""
+    sidecar = world.sidecar()
+    sidecar.config.write_text(
+        "".join(f"[tenants.{name}]\nuids = [{os.getuid()}]\n" for name in ("red", "blue"))
+    )
+    # The sidecar that the first engine starts reads it.
+    surroundings = {"PILLION_CONFIG": str(sidecar.config)}
+    for tenant in ("red", "blue"):
+        options = {"extra": {"tenant": tenant}, "environment": surroundings}
+        with running(world, tenant, sidecar, **options) as engine:
+            saved_and_not_loaded(engine, identical)
+    with running(world, "red-again", sidecar, extra={"tenant": "red"}, environment=surroundings) as engine:
+        identical.loads(engine, OTHERS)
