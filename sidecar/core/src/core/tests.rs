@@ -4,8 +4,14 @@ use std::collections::{HashMap, HashSet};
 
 use proptest::prelude::*;
 
+use pillion_shm::presence::IndexKey;
+
 use super::*;
-use crate::key::TenantKey;
+use crate::{
+    event::{BlockOutcome, CopyItem, Direction},
+    ids::JobId,
+    key::TenantKey,
+};
 
 const RECORD: u64 = 512 << 10;
 const SECOND: u64 = 1_000_000_000;

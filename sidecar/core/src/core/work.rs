@@ -1,0 +1,389 @@
+//! Save and load jobs: what may begin, and how each of them ends.
+
+use std::sync::Arc;
+
+use pillion_shm::presence::IndexKey;
+
+use super::{Core, MAX_BLOCKS};
+use crate::{
+    event::{Action, BlockOutcome, CopyItem, Direction, Outcome},
+    ids::{JobId, LeaseId, NamespaceId, SessionId},
+    jobs::Job,
+    key::BlockKey,
+    store::{NewRecord, Record, RecordId, State},
+};
+
+impl Core {
+    /// What save and load jobs must both fulfil; the text says what was expected.
+    fn check(&self, submitted: &Submitted<'_>) -> Result<(), Refusal> {
+        let Submitted { session, job, space, hashes, blocks, .. } = submitted;
+        let owner = self.sessions.get(session).filter(|owner| !owner.detached).ok_or(Refusal::Gone)?;
+        let Some(registration) = &owner.registration else {
+            return Err(Refusal::Protocol("expected a registration before the first job".into()));
+        };
+        if hashes.len() != blocks.len() || hashes.is_empty() || hashes.len() > MAX_BLOCKS {
+            return Err(Refusal::Protocol(format!(
+                "expected 1 to {MAX_BLOCKS} hashes and as many blocks, got {} and {}",
+                hashes.len(),
+                blocks.len()
+            )));
+        }
+        if let Some(block) = blocks.iter().find(|block| u64::from(**block) >= registration.num_blocks) {
+            return Err(Refusal::Protocol(format!(
+                "expected block ids below {}, got {block}",
+                registration.num_blocks
+            )));
+        }
+        if self.jobs.contains_key(&(*session, *job)) {
+            return Err(Refusal::Protocol("expected a new job id, got one that is still running".into()));
+        }
+        let space = self.spaces.get(space);
+        if !space.is_some_and(|space| {
+            space.tenant == owner.tenant.name && space.namespace == registration.namespace
+        }) {
+            return Err(Refusal::Identity);
+        }
+        if self.draining || owner.jobs >= self.limits.session_jobs_max {
+            return Err(Refusal::Busy);
+        }
+        Ok(())
+    }
+
+    fn refuse(
+        &mut self,
+        submitted: &Submitted<'_>,
+        direction: Direction,
+        refusal: Refusal,
+        actions: &mut Vec<Action>,
+    ) {
+        let outcome = if matches!(refusal, Refusal::Busy) { Outcome::Cancelled } else { Outcome::Failed };
+        let (session, job) = (submitted.session, submitted.job);
+        match refusal {
+            Refusal::Gone => return,
+            Refusal::Protocol(text) => self.protocol_error(session, text, actions),
+            Refusal::Identity => self.counters.identity_mismatches += 1,
+            Refusal::Busy | Refusal::Lease => {}
+        }
+        self.count(direction, outcome);
+        actions.push(Action::Complete { session, job, outcome, quiesced: true, blocks: 0 });
+    }
+
+    pub(super) fn save(
+        &mut self,
+        save: &Submitted<'_>,
+        parent: Option<[u8; 32]>,
+        word: u32,
+        tag: u64,
+        actions: &mut Vec<Action>,
+    ) {
+        if let Err(refusal) = self.check(save) {
+            return self.refuse(save, Direction::Save, refusal, actions);
+        }
+        let Submitted { session, job, space, deadline_ns, .. } = *save;
+        let mut records = Vec::new();
+        let mut items = Vec::new();
+        let mut evicted = Vec::new();
+        {
+            let Self { sessions, store, counters, limits, .. } = self;
+            let Some(owner) = sessions.get_mut(&session) else { return };
+            let Some(registration) = &owner.registration else { return };
+            let seed = owner.tenant.key.index_seed(&limits.generation);
+            let mut parent = parent.map(|hash| BlockKey::new(&owner.tenant.key, space, 0, &hash));
+            for (position, (hash, block)) in save.hashes.iter().zip(save.blocks).enumerate() {
+                let key = BlockKey::new(&owner.tenant.key, space, 0, hash);
+                if store.find(&key).is_some() {
+                    counters.blocks_deduplicated += 1;
+                    parent = Some(key);
+                    continue;
+                }
+                let new = NewRecord {
+                    key,
+                    index: IndexKey::new(seed, &space.0, hash),
+                    tenant: Arc::clone(&owner.tenant.name),
+                    format: Arc::clone(&registration.format),
+                    bytes: registration.record_bytes,
+                    parent,
+                };
+                let fits = store.fits(new.bytes);
+                let Some(record) = fits.then(|| store.insert(new, &mut evicted)).flatten() else {
+                    counters.blocks_without_room += (save.hashes.len() - position) as u64;
+                    break;
+                };
+                let offset = store.offset(record).expect("just inserted");
+                items.push(CopyItem { block: u64::from(*block), offset, checksum: 0 });
+                records.push(record);
+                parent = Some(key);
+            }
+            if !records.is_empty() {
+                owner.jobs += 1;
+            }
+        }
+        self.announce_evictions(&evicted, actions);
+        if records.is_empty() {
+            self.count(Direction::Save, Outcome::Done);
+            actions.push(Action::Complete {
+                session,
+                job,
+                outcome: Outcome::Done,
+                quiesced: true,
+                blocks: 0,
+            });
+            return;
+        }
+        let direction = Direction::Save;
+        let running = Job {
+            direction,
+            records,
+            lease: None,
+            word,
+            tag,
+            deadline_ns,
+            reported: false,
+            cancelled: false,
+            checksums: Vec::new(),
+        };
+        self.jobs.insert((session, job), running);
+        actions.push(Action::Copy { session, job, direction, items, deadline_ns });
+    }
+
+    fn announce_evictions(&mut self, evicted: &[Record], actions: &mut Vec<Action>) {
+        self.counters.evictions += evicted.len() as u64;
+        for record in evicted {
+            actions.push(Action::TableRemove { tenant: Arc::clone(&record.tenant), key: record.index });
+        }
+    }
+
+    pub(super) fn load(
+        &mut self,
+        load: &Submitted<'_>,
+        lease_id: LeaseId,
+        first: u32,
+        actions: &mut Vec<Action>,
+    ) {
+        let checked = self.check(load).and_then(|()| self.prove(load, lease_id, first));
+        let (records, items) = match checked {
+            Ok(proved) => proved,
+            Err(refusal) => return self.refuse(load, Direction::Load, refusal, actions),
+        };
+        let Submitted { session, job, deadline_ns, .. } = *load;
+        if let Some(lease) = self.leases.get_mut(lease_id) {
+            lease.jobs += 1;
+        }
+        if let Some(owner) = self.sessions.get_mut(&session) {
+            owner.jobs += 1;
+        }
+        let direction = Direction::Load;
+        let running = Job {
+            direction,
+            records,
+            lease: Some(lease_id),
+            word: 0,
+            tag: 0,
+            deadline_ns,
+            reported: false,
+            cancelled: false,
+            checksums: Vec::new(),
+        };
+        self.jobs.insert((session, job), running);
+        actions.push(Action::Copy { session, job, direction, items, deadline_ns });
+    }
+
+    /// The second comparison of identity (the first was the lease): every block of the job
+    /// must be the very record that was leased, in a format that this worker can read.
+    fn prove(
+        &self,
+        load: &Submitted<'_>,
+        lease_id: LeaseId,
+        first: u32,
+    ) -> Result<(Vec<RecordId>, Vec<CopyItem>), Refusal> {
+        let owner = self.sessions.get(&load.session).ok_or(Refusal::Gone)?;
+        let registration = owner.registration.as_ref().ok_or(Refusal::Gone)?;
+        let lease = self
+            .leases
+            .get(lease_id)
+            .filter(|lease| lease.engine == owner.engine && lease.uid == owner.uid)
+            .filter(|lease| lease.tenant == owner.tenant.name && lease.space == load.space)
+            .ok_or(Refusal::Lease)?;
+        let leased = lease
+            .records
+            .get(first as usize..)
+            .and_then(|rest| rest.get(..load.hashes.len()))
+            .ok_or(Refusal::Lease)?;
+        let mut items = Vec::with_capacity(leased.len());
+        for ((id, hash), block) in leased.iter().zip(load.hashes).zip(load.blocks) {
+            let record = self.store.get(*id).ok_or(Refusal::Lease)?;
+            let key = BlockKey::new(&owner.tenant.key, load.space, 0, hash);
+            if record.key != key || record.format != registration.format {
+                return Err(Refusal::Identity);
+            }
+            if record.state != State::Published {
+                return Err(Refusal::Lease);
+            }
+            let offset = self.store.offset(*id).ok_or(Refusal::Lease)?;
+            items.push(CopyItem { block: u64::from(*block), offset, checksum: record.checksum });
+        }
+        Ok((leased.to_vec(), items))
+    }
+
+    pub(super) fn copy_done(
+        &mut self,
+        session: SessionId,
+        job: JobId,
+        blocks: &[BlockOutcome],
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(running) = self.jobs.get_mut(&(session, job)) else { return };
+        debug_assert_eq!(running.records.len(), blocks.len());
+        if running.direction == Direction::Load {
+            return self.load_done(session, job, blocks, actions);
+        }
+        let checksums: Vec<u64> = blocks
+            .iter()
+            .filter_map(|block| if let BlockOutcome::Copied(sum) = block { Some(*sum) } else { None })
+            .collect();
+        if running.cancelled || running.reported || checksums.len() != running.records.len() {
+            let outcome = if running.cancelled { Outcome::Cancelled } else { Outcome::Failed };
+            return self.end_save(session, job, outcome, actions);
+        }
+        running.checksums = checksums;
+        actions.push(Action::TryPublish { session, job, word: running.word, tag: running.tag });
+    }
+
+    pub(super) fn publish_tried(
+        &mut self,
+        session: SessionId,
+        job: JobId,
+        won: bool,
+        actions: &mut Vec<Action>,
+    ) {
+        if !won {
+            self.counters.saves_revoked += 1;
+            return self.end_save(session, job, Outcome::Cancelled, actions);
+        }
+        let Some(mut running) = self.jobs.remove(&(session, job)) else { return };
+        let mut blocks = 0;
+        let checksums = std::mem::take(&mut running.checksums);
+        for (id, checksum) in running.records.iter().zip(checksums) {
+            if let Some(record) = self.store.publish(*id, checksum) {
+                self.counters.bytes_saved += record.bytes;
+                blocks += 1;
+                actions.push(Action::TableSet { tenant: Arc::clone(&record.tenant), key: record.index });
+            }
+        }
+        // Children first, as in a lease: the prefix must be the younger part.
+        for id in running.records.iter().rev() {
+            self.store.touch(*id);
+        }
+        self.counters.blocks_saved += u64::from(blocks);
+        self.finish(session, job, &running, Outcome::Done, blocks, actions);
+    }
+
+    fn end_save(&mut self, session: SessionId, job: JobId, outcome: Outcome, actions: &mut Vec<Action>) {
+        let Some(running) = self.jobs.remove(&(session, job)) else { return };
+        // Children first, so that no parent is missed by its child's bookkeeping.
+        for id in running.records.iter().rev() {
+            self.store.abandon(*id);
+        }
+        self.finish(session, job, &running, outcome, 0, actions);
+    }
+
+    fn load_done(
+        &mut self,
+        session: SessionId,
+        job: JobId,
+        blocks: &[BlockOutcome],
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(running) = self.jobs.remove(&(session, job)) else { return };
+        let mut loaded = 0;
+        for (id, block) in running.records.iter().zip(blocks) {
+            match block {
+                BlockOutcome::Copied(_) => loaded += 1,
+                BlockOutcome::Corrupt => {
+                    self.counters.checksum_failures += 1;
+                    if let Some((tenant, key)) = self.store.retire(*id) {
+                        actions.push(Action::TableRemove { tenant, key });
+                    }
+                }
+                BlockOutcome::Unreachable | BlockOutcome::Skipped => {}
+            }
+        }
+        let outcome = match (loaded == running.records.len(), running.cancelled) {
+            (_, true) => Outcome::Cancelled,
+            (true, false) => Outcome::Done,
+            (false, false) => Outcome::Failed,
+        };
+        if outcome == Outcome::Done && !running.reported {
+            self.counters.blocks_loaded += loaded as u64;
+            let bytes =
+                running.records.iter().filter_map(|id| self.store.get(*id)).map(|record| record.bytes);
+            self.counters.bytes_loaded += bytes.sum::<u64>();
+        }
+        if let Some(lease) = running.lease {
+            self.leases.job_ended(lease, &mut self.store);
+        }
+        self.finish(session, job, &running, outcome, loaded as u32, actions);
+    }
+
+    fn finish(
+        &mut self,
+        session: SessionId,
+        job: JobId,
+        running: &Job,
+        outcome: Outcome,
+        blocks: u32,
+        actions: &mut Vec<Action>,
+    ) {
+        if !running.reported {
+            self.count(running.direction, outcome);
+        }
+        let Some(owner) = self.sessions.get_mut(&session) else { return };
+        owner.jobs -= 1;
+        if !owner.detached {
+            let outcome = if running.reported { Outcome::AlreadyReported } else { outcome };
+            let blocks = if outcome == Outcome::Done { blocks } else { 0 };
+            actions.push(Action::Complete { session, job, outcome, quiesced: true, blocks });
+        }
+        self.end_session_if_idle(session, actions);
+    }
+
+    pub(super) fn count(&mut self, direction: Direction, outcome: Outcome) {
+        let counters = &mut self.counters;
+        let counter = match (direction, outcome) {
+            (_, Outcome::AlreadyReported) => return,
+            (Direction::Load, Outcome::Done) => &mut counters.loads_done,
+            (Direction::Load, Outcome::Failed) => &mut counters.loads_failed,
+            (Direction::Load, Outcome::Cancelled) => &mut counters.loads_cancelled,
+            (Direction::Save, Outcome::Done) => &mut counters.saves_done,
+            (Direction::Save, Outcome::Failed) => &mut counters.saves_failed,
+            (Direction::Save, Outcome::Cancelled) => &mut counters.saves_cancelled,
+        };
+        *counter += 1;
+    }
+}
+
+/// What save and load jobs have in common.
+#[derive(Debug)]
+pub(super) struct Submitted<'a> {
+    pub(super) session: SessionId,
+    pub(super) job: JobId,
+    pub(super) space: NamespaceId,
+    pub(super) hashes: &'a [[u8; 32]],
+    pub(super) blocks: &'a [u32],
+    pub(super) deadline_ns: u64,
+}
+
+/// Why a job is not begun.
+#[derive(Debug)]
+enum Refusal {
+    /// Nobody is left to tell.
+    Gone,
+    /// A correct client does not do this.
+    Protocol(String),
+    /// Another namespace, digest or format.
+    Identity,
+    /// The lease is unknown, over, somebody else's or too short.
+    Lease,
+    /// Draining, or too many jobs.
+    Busy,
+}
