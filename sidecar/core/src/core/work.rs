@@ -263,15 +263,14 @@ impl Core {
         let Some(mut running) = self.jobs.remove(&(session, job)) else { return };
         let mut blocks = 0;
         let checksums = std::mem::take(&mut running.checksums);
-        for (id, checksum) in running.records.iter().zip(checksums) {
+        // Children first. A shim that reads the table meanwhile finds all of the prefix or nothing of it,
+        // and the prefix becomes the younger part.
+        for (id, checksum) in running.records.iter().zip(checksums).rev() {
             if let Some(record) = self.store.publish(*id, checksum) {
                 self.counters.bytes_saved += record.bytes;
                 blocks += 1;
                 actions.push(Action::TableSet { tenant: Arc::clone(&record.tenant), key: record.index });
             }
-        }
-        // Children first, as in a lease: the prefix must be the younger part.
-        for id in running.records.iter().rev() {
             self.store.touch(*id);
         }
         self.counters.blocks_saved += u64::from(blocks);
