@@ -14,14 +14,14 @@ import pytest
 if (tests := str(Path(__file__).parents[1])) not in sys.path:
     sys.path.insert(0, tests)
 
-from e2e.world import Checker, World
+from e2e.world import REPORT, Checker, World
 
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
     world = World()
     yield world
-    print(f"\nmisses that were tried again: {world.misses}")
+    REPORT.append(f"misses that were tried again: {world.misses}")
     world.close()
 
 
@@ -39,3 +39,8 @@ def pytest_runtest_makereport(
     if report.failed and isinstance(world, World):
         report.sections.append(("engines and sidecar", world.explain()))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in REPORT:
+        terminalreporter.write_line(line)

@@ -13,7 +13,7 @@ import pytest
 
 from e2e.harness import Answer, Engine, Sidecar, until
 from e2e.prompts import AFTER, LOAD, LONG, TIGHT, Prompt
-from e2e.world import Checker, World
+from e2e.world import REPORT, Checker, World
 
 BLOCKS = 72
 """Of the KV cache: a few requests fill it, so that requests are preempted and nothing stays for long."""
@@ -102,7 +102,7 @@ def under_load(engine: Engine, name: str, fault: Callable[[], None]) -> Load:
         until(lambda: len(load.answers) >= enough or load.errors, engine.explain, 60)
     finally:
         load.stop()
-    print(load.report(name))
+    REPORT.append(load.report(name))
     return load
 
 

@@ -21,6 +21,9 @@ SEEDS = {"a": 11, "b": 12}
 
 ATTEMPTS = 4
 
+REPORT: list[str] = []
+"""Measurements that are shown at the end of the run: no test judges them."""
+
 
 class Models:
     """Small models with fixed weights, made once."""
