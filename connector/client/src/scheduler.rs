@@ -62,8 +62,6 @@ struct State {
     table: Option<TableReader>,
     lease_ms: u32,
     tickets: HashMap<u64, Ticket>,
-    /// Granted after their tickets had been given back.
-    unwanted: Vec<[u8; 16]>,
     counts: Counts,
 }
 
@@ -109,7 +107,6 @@ impl SchedulerClient {
             table: None,
             lease_ms: 30_000,
             tickets: HashMap::new(),
-            unwanted: Vec::new(),
             counts: Counts::default(),
         };
         let shared = Arc::new(Shared {
@@ -301,7 +298,6 @@ impl State {
         self.opening = 0;
         self.counts.leases_lost += self.tickets.len() as u64;
         self.tickets.clear();
-        self.unwanted.clear();
     }
 }
 
@@ -362,9 +358,6 @@ impl Half for Shared {
 
     fn beat(&self, outbox: &Outbox) {
         let mut state = self.state();
-        for lease in state.unwanted.drain(..) {
-            let _ = outbox.send(&Message::Release(wire::Release { lease: lease.to_vec() }));
-        }
         let due = Duration::from_millis(u64::from(state.lease_ms)) / 3;
         for ticket in state.tickets.values_mut() {
             if let Ticket::Granted { grant, renewed } = ticket

@@ -247,8 +247,6 @@ pub enum Action {
         direction: Direction,
         /// The blocks.
         items: Vec<CopyItem>,
-        /// When the outcome will be reported anyway.
-        deadline_ns: u64,
     },
     /// Stop a copy at the next block; [`Event::CopyDone`] still follows.
     CancelCopy {

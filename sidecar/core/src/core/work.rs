@@ -143,7 +143,7 @@ impl Core {
             checksums: Vec::new(),
         };
         self.jobs.insert((session, job), running);
-        actions.push(Action::Copy { session, job, direction, items, deadline_ns });
+        actions.push(Action::Copy { session, job, direction, items });
     }
 
     fn announce_evictions(&mut self, evicted: &[Record], actions: &mut Vec<Action>) {
@@ -185,7 +185,7 @@ impl Core {
             checksums: Vec::new(),
         };
         self.jobs.insert((session, job), running);
-        actions.push(Action::Copy { session, job, direction, items, deadline_ns });
+        actions.push(Action::Copy { session, job, direction, items });
     }
 
     /// The second comparison of identity (the first was the lease): every block of the job
