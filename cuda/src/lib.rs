@@ -1,12 +1,21 @@
 #![doc = include_str!("../README.md")]
 
 mod copy;
+mod crew;
+mod device_memory;
 mod host;
+mod lane;
 mod pool;
+mod watchdog;
 
 pub use copy::{BlockCopier, CopyError};
+pub use crew::Crew;
+pub use device_memory::{DeviceHandle, DeviceMemory, DeviceSource, Gpu, GpuParts};
 pub use host::{MemfdMemory, ProcessMemory};
-pub use pool::HostPool;
+pub use lane::{Item, Lane, Moved};
+pub use pillion_cuda_driver as driver;
+pub use pool::{HostPool, PoolOptions};
+pub use watchdog::{Pulse, Watchdog};
 
 /// One contiguous piece of a block: where it lies in the engine and in the record.
 pub use pillion_layouts::Segment;

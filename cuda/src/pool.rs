@@ -1,6 +1,25 @@
 //! The host pool: one mapping that all records lie in.
 
+use std::{fs, num::NonZero, thread};
+
 use pillion_shm::{Access, Mapping, Memfd, Seal, ShmError};
+
+const HUGE_PAGE: u64 = 2 << 20;
+const PAGE: usize = 4096;
+/// Threads that touch: more only wait for the kernel's zeroing.
+const TOUCHERS_MAX: usize = 16;
+
+/// How a pool is made.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PoolOptions {
+    /// Its size.
+    pub bytes: u64,
+    /// Take every page now, with all processors: device pools are pinned, and pinning one page at a time
+    /// that is not there yet takes twenty times longer.
+    pub touch: bool,
+    /// Prefer this node's memory: the one next to the device.
+    pub numa_node: Option<u32>,
+}
 
 /// The memory of the host tier. Which part belongs to whom is decided elsewhere
 /// (the core's allocator); this type only turns extents into slices.
@@ -8,6 +27,7 @@ use pillion_shm::{Access, Mapping, Memfd, Seal, ShmError};
 pub struct HostPool {
     map: Mapping,
     memfd: Memfd,
+    huge_pages: bool,
 }
 
 impl HostPool {
@@ -16,14 +36,50 @@ impl HostPool {
     /// # Errors
     /// What the kernel says.
     pub fn create(bytes: u64) -> Result<Self, ShmError> {
-        let memfd = Memfd::create("pillion-pool", bytes)?;
+        Self::with(PoolOptions { bytes, ..PoolOptions::default() })
+    }
+
+    /// A pool made in this way. Huge pages are used where enough are set aside.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn with(options: PoolOptions) -> Result<Self, ShmError> {
+        const NAME: &str = "pillion-pool";
+        let PoolOptions { bytes, touch, numa_node } = options;
+        let set_aside = bytes > 0 && bytes.is_multiple_of(HUGE_PAGE) && free_huge_bytes() >= bytes;
+        // Set aside means: meant for such as us. Another may have been quicker.
+        let huge = if set_aside { Memfd::create_huge(NAME, bytes).ok() } else { None };
+        let mapped = huge.and_then(|memfd| Some((memfd.map(Access::ReadWrite).ok()?, memfd)));
+        let huge_pages = mapped.is_some();
+        let (map, memfd) = match mapped {
+            Some(both) => both,
+            None => {
+                let memfd = Memfd::create(NAME, bytes)?;
+                (memfd.map(Access::ReadWrite)?, memfd)
+            }
+        };
         memfd.seal(Seal::Size)?;
-        Ok(Self { map: memfd.map(Access::ReadWrite)?, memfd })
+        let pool = Self { map, memfd, huge_pages };
+        pool.advise(numa_node);
+        if touch {
+            pool.touch();
+        }
+        Ok(pool)
     }
 
     /// Bytes.
     pub fn bytes(&self) -> u64 {
         self.memfd.bytes()
+    }
+
+    /// First byte, for the device.
+    pub fn address(&self) -> *mut u8 {
+        self.map.as_ptr()
+    }
+
+    /// Whether it lies in huge pages that were set aside.
+    pub fn has_huge_pages(&self) -> bool {
+        self.huge_pages
     }
 
     /// A record for reading; `None` outside of the pool.
@@ -52,5 +108,92 @@ impl HostPool {
 
     fn check(&self, offset: u64, bytes: u64) -> Option<()> {
         (offset.checked_add(bytes)? <= self.bytes()).then_some(())
+    }
+
+    /// All of it is advice: a kernel that does not take it costs speed, not correctness.
+    fn advise(&self, numa_node: Option<u32>) {
+        let (start, length) = (self.map.as_ptr().cast::<libc::c_void>(), self.map.bytes());
+        if length == 0 {
+            return;
+        }
+        // SAFETY: the range is our mapping; none of these calls changes its content.
+        unsafe {
+            // A crash must not write gigabytes of other people's prompts into a core file.
+            libc::madvise(start, length, libc::MADV_DONTDUMP);
+            if !self.huge_pages {
+                libc::madvise(start, length, libc::MADV_HUGEPAGE);
+            }
+            if let Some(node) = numa_node.filter(|node| *node < 64) {
+                let mask = 1u64 << node;
+                let (mask, bits) = (&raw const mask, 65 as libc::c_ulong);
+                // Preferred, not bound: a node that is full must not end the process.
+                libc::syscall(libc::SYS_mbind, start, length, libc::MPOL_PREFERRED, mask, bits, 0);
+            }
+        }
+    }
+
+    fn touch(&self) {
+        let cores = thread::available_parallelism().map_or(1, NonZero::get).min(TOUCHERS_MAX);
+        let step = self.map.bytes().div_ceil(cores).next_multiple_of(HUGE_PAGE as usize);
+        let start = self.map.as_ptr() as usize;
+        thread::scope(|scope| {
+            for from in (0..self.map.bytes()).step_by(step.max(1)) {
+                let length = step.min(self.map.bytes() - from);
+                scope.spawn(move || populate(start + from, length));
+            }
+        });
+    }
+}
+
+/// Takes the pages of a range that nobody uses yet.
+fn populate(start: usize, length: usize) {
+    // SAFETY: the range lies in the mapping of a pool that is being made; populating keeps its content.
+    let done = unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_WRITE) };
+    if done == 0 {
+        return;
+    }
+    // Kernels before 5.14: one byte of each page.
+    for at in (start..start + length).step_by(PAGE) {
+        // SAFETY: as above; the page is zero and stays so.
+        unsafe { std::ptr::write_volatile(at as *mut u8, 0) };
+    }
+}
+
+fn free_huge_bytes() -> u64 {
+    let free = fs::read_to_string("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages");
+    free.ok().and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(0) * HUGE_PAGE
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resident(pool: &HostPool) -> usize {
+        let mut pages = vec![0u8; pool.map.bytes() / PAGE];
+        // SAFETY: the vector has one byte for each page of the mapping.
+        let asked = unsafe { libc::mincore(pool.address().cast(), pool.map.bytes(), pages.as_mut_ptr()) };
+        assert_eq!(asked, 0);
+        pages.iter().filter(|page| **page & 1 == 1).count()
+    }
+
+    #[test]
+    fn a_touched_pool_has_all_its_pages_and_another_takes_them_when_they_are_used() {
+        let bytes = 5 * HUGE_PAGE + 3 * PAGE as u64;
+        let lazy = HostPool::create(bytes).unwrap();
+        assert_eq!(resident(&lazy), 0);
+        let touched = HostPool::with(PoolOptions { bytes, touch: true, numa_node: Some(0) }).unwrap();
+        assert_eq!(resident(&touched) * PAGE, bytes as usize);
+        // SAFETY: nobody else has the pool.
+        let record = unsafe { touched.record(0, bytes) }.unwrap();
+        assert!(record.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn extents_outside_of_the_pool_are_none() {
+        let pool = HostPool::create(HUGE_PAGE).unwrap();
+        for (offset, bytes) in [(HUGE_PAGE, 1), (1, HUGE_PAGE), (u64::MAX, 2)] {
+            // SAFETY: nobody else has the pool.
+            assert!(unsafe { pool.record(offset, bytes) }.is_none());
+        }
     }
 }

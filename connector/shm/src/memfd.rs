@@ -95,6 +95,18 @@ impl Memfd {
         Ok(Self { fd, bytes })
     }
 
+    /// New zeroed memory of 2 MiB pages that the administrator set aside; `bytes` must be a multiple of that.
+    ///
+    /// # Errors
+    /// What the kernel says: not enough such pages, most likely.
+    pub fn create_huge(name: &str, bytes: u64) -> Result<Self, ShmError> {
+        let huge = MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB;
+        let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge)
+            .map_err(system("memfd_create"))?;
+        rustix::fs::ftruncate(&fd, bytes).map_err(system("ftruncate"))?;
+        Ok(Self { fd, bytes })
+    }
+
     /// Takes over a memfd from a peer, if it carries at least these seals and exactly this size.
     ///
     /// # Errors
