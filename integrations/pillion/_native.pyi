@@ -9,6 +9,12 @@ from collections.abc import Mapping, Sequence
 def version() -> str: ...
 def default_socket(device: str) -> str: ...
 
+# "gpu-<uuid>" of the device that holds an address of device memory. OSError where it is none.
+def cuda_device(address: int) -> str: ...
+
+# Why CUDA cannot be used in this process, or None.
+def cuda_missing() -> str | None: ...
+
 class SchedulerClient:
     """The scheduler's half: lookups, leases, epochs. One background thread; every method returns at once."""
 
@@ -66,6 +72,8 @@ class WorkerClient:
     # page_bytes: what vLLM says a page takes.
     # tensors: (size, offset, layer_stride, block_stride in bytes, layer names).
     # memfd: borrowed (duplicated inside); -1: process_vm on this process, where the allocation is at `base`.
+    # cuda: `base` is a device address; the client exports the memory itself (legacy IPC, else VMM) and makes a
+    # pool of `events` interprocess events: as many jobs may run at a time. The memory's context must be current.
     def register(
         self,
         *,
@@ -82,14 +90,23 @@ class WorkerClient:
         memory_bytes: int,
         memfd: int = -1,
         base: int = 0,
+        cuda: bool = False,
+        events: int = 64,
         canary_seed: int,
     ) -> None: ...
+    # From now on block 0 may hold anything: a sidecar that attaches later believes this client's own look.
+    def canary_over(self) -> None: ...
+    # The memory is about to go away: no new jobs, all end, the sidecar lets go. True: nothing outside this process
+    # can touch the memory or keeps it from being freed. Waits at most so long.
+    def unregister(self, wait_ms: int = 2000) -> bool: ...
     def ready(self) -> bool: ...
     # "ready", "connecting: …", "refused: <reason>": for logs.
     def status(self) -> str: ...
     # The sidecar has compared the canary once.
     def canary_checked(self) -> bool: ...
     # first: index in the lease of the first block; one block id per hash.
+    # stream (of device memory): an event is recorded on this CUstream, and the sidecar's copy waits for it on the
+    # device. No event left: the job is not taken.
     def submit_load(
         self,
         job: bytes,
@@ -99,6 +116,7 @@ class WorkerClient:
         hashes: bytes,
         blocks: Sequence[int],
         deadline_ms: int,
+        stream: int | None = None,
     ) -> None: ...
     # parent: 32-byte hash of the block before the first one, b"" at the start of a prompt.
     def submit_save(
@@ -109,6 +127,7 @@ class WorkerClient:
         hashes: bytes,
         blocks: Sequence[int],
         deadline_ms: int,
+        stream: int | None = None,
     ) -> None: ...
     # (job, outcome, quiesced, blocks): outcome 0 none (only quiesced), 1 done, 2 failed, 3 cancelled. Every
     # submitted job gets exactly one event with outcome != 0 (at its deadline at the latest) and exactly one

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod affinity;
+mod events;
 mod launch;
 mod link;
 mod outbox;
@@ -13,9 +14,10 @@ mod worker;
 
 pub use link::Options;
 pub use places::default_socket;
-pub use registration::{Memory, Registration, RegistrationError, Tensor};
+pub use registration::{DeviceMemory, Memory, Registration, RegistrationError, Tensor};
 pub use scheduler::{Grant, SchedulerClient};
 pub use status::fetch_status;
 pub use worker::{JobEvent, LoadJob, SaveJob, WorkerClient};
 
+pub use pillion_cuda_driver::{CudaError, ForeignStream, device_of, init as cuda_init};
 pub use pillion_shm::ring::Outcome;

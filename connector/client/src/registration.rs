@@ -8,7 +8,8 @@ use std::{
     },
 };
 
-use pillion_layouts::{canary_check, plan, vllm};
+use pillion_cuda_driver::{self as cuda, CudaError, Exported, ExportedHandle};
+use pillion_layouts::{BlockPlan, canary_check, plan, vllm};
 use pillion_protocol::wire;
 use pillion_shm::{Memfd, Seal};
 
@@ -22,6 +23,26 @@ pub enum Memory {
         /// First byte of the allocation.
         base: u64,
     },
+    /// Memory of a CUDA device.
+    Device(DeviceMemory),
+}
+
+/// Device memory that another process can open.
+#[derive(Debug)]
+pub struct DeviceMemory {
+    device: cuda::Device,
+    base: u64,
+    exported: Exported,
+}
+
+impl DeviceMemory {
+    /// Exports `base .. base + bytes`, device addresses of this process whose context is current.
+    ///
+    /// # Errors
+    /// Where it is no device memory, or cannot be shared.
+    pub fn export(base: u64, bytes: u64) -> Result<Self, CudaError> {
+        Ok(Self { device: cuda::device_of(base)?, base, exported: cuda::export(base, bytes)? })
+    }
 }
 
 /// One `KVCacheTensor`.
@@ -86,6 +107,9 @@ pub enum RegistrationError {
     /// Block 0 could not be read.
     #[error("cannot read the KV cache of this process: {0}")]
     Io(#[from] std::io::Error),
+    /// The same of device memory, or no events could be made.
+    #[error("cannot use the KV cache on its device: {0}")]
+    Cuda(#[from] CudaError),
 }
 
 impl Registration {
@@ -119,20 +143,28 @@ impl Registration {
     /// indexing wrote. Done here once, because a sidecar that attaches later finds block 0 in use.
     pub(crate) fn check(&self) -> Result<(), RegistrationError> {
         let layout = vllm::layout(&self.describe())?;
-        let plan = plan(&layout)?;
+        let record = self.block_0(&plan(&layout)?)?;
+        Ok(canary_check(self.canary_seed, layout.shape(), &record)?)
+    }
+
+    fn block_0(&self, plan: &BlockPlan) -> Result<Vec<u8>, RegistrationError> {
         let (file, base) = match &self.memory {
             Memory::Memfd(fd) => {
                 let memfd = Memfd::adopt(fd.try_clone()?, Seal::Size, self.memory_bytes)?;
-                (File::from(memfd.fd().try_clone_to_owned()?), 0)
+                (Some(File::from(memfd.fd().try_clone_to_owned()?)), 0)
             }
-            Memory::Process { base } => (File::open("/proc/self/mem")?, *base),
+            Memory::Process { base } => (Some(File::open("/proc/self/mem")?), *base),
+            Memory::Device(device) => (None, device.base),
         };
-        let mut record = vec![0; layout.record_bytes() as usize];
+        let mut record = vec![0; plan.record_bytes() as usize];
         for segment in plan.segments(0) {
             let place = &mut record[segment.record as usize..(segment.record + segment.len) as usize];
-            file.read_exact_at(place, base + segment.engine)?;
+            match &file {
+                Some(file) => file.read_exact_at(place, base + segment.engine)?,
+                None => cuda::read(base + segment.engine, place)?,
+            }
         }
-        Ok(canary_check(self.canary_seed, layout.shape(), &record)?)
+        Ok(record)
     }
 
     pub(crate) fn message(
@@ -140,12 +172,21 @@ impl Registration {
         request: u64,
         namespace: &[(String, String)],
         fresh: bool,
+        events: &[u8],
     ) -> wire::Register {
         let (keys, values) = namespace.iter().cloned().unzip();
         let column = |of: fn(&Tensor) -> u64| self.tensors.iter().map(of).collect::<Vec<_>>();
-        let (way, base) = match self.memory {
+        let (way, base) = match &self.memory {
             Memory::Memfd(_) => (wire::Way::Memfd, 0),
-            Memory::Process { base } => (wire::Way::ProcessVm, base),
+            Memory::Process { base } => (wire::Way::ProcessVm, *base),
+            Memory::Device(memory) => match memory.exported.handle {
+                ExportedHandle::Ipc(_) => (wire::Way::CudaIpc, 0),
+                ExportedHandle::Vmm(_) => (wire::Way::CudaVmm, 0),
+            },
+        };
+        let device = match &self.memory {
+            Memory::Device(memory) => Some(memory),
+            _ => None,
         };
         wire::Register {
             request,
@@ -172,6 +213,14 @@ impl Registration {
             canary_seed: self.canary_seed,
             canary_fresh: fresh,
             canary_checked: true,
+            device: device.map(|memory| memory.device.uuid.0.to_vec()),
+            handle: device.and_then(|memory| match &memory.exported.handle {
+                ExportedHandle::Ipc(handle) => Some(handle.to_vec()),
+                ExportedHandle::Vmm(_) => None,
+            }),
+            allocation_bytes: device.map_or(0, |memory| memory.exported.allocation_bytes),
+            allocation_offset: device.map_or(0, |memory| memory.exported.offset),
+            events: device.map(|_| events.to_vec()),
         }
     }
 
@@ -179,6 +228,10 @@ impl Registration {
         match &self.memory {
             Memory::Memfd(fd) => Ok(vec![fd.as_fd().try_clone_to_owned()?]),
             Memory::Process { .. } => Ok(Vec::new()),
+            Memory::Device(memory) => match &memory.exported.handle {
+                ExportedHandle::Vmm(fd) => Ok(vec![fd.as_fd().try_clone_to_owned()?]),
+                ExportedHandle::Ipc(_) => Ok(Vec::new()),
+            },
         }
     }
 }

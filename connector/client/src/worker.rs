@@ -13,12 +13,13 @@
 use std::{
     collections::{HashMap, VecDeque},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
+use pillion_cuda_driver::ForeignStream;
 use pillion_protocol::{Message, wire};
 use pillion_shm::{
     pidfd::Process,
@@ -27,9 +28,10 @@ use pillion_shm::{
 };
 
 use crate::{
+    events::Events,
     link::{Attached, Half, Health, Link, Options},
     outbox::Outbox,
-    registration::{Registration, RegistrationError},
+    registration::{Memory, Registration, RegistrationError},
 };
 
 /// For how long after its registration block 0 is taken to hold the canary.
@@ -65,6 +67,8 @@ pub struct LoadJob {
     pub blocks: Vec<u32>,
     /// When it is reported as failed at the latest.
     pub deadline: Duration,
+    /// Device memory: the stream that zeroes blocks or may still write them.
+    pub stream: Option<ForeignStream>,
 }
 
 /// A save of full blocks.
@@ -82,6 +86,8 @@ pub struct SaveJob {
     pub blocks: Vec<u32>,
     /// When its source blocks are free at the latest.
     pub deadline: Duration,
+    /// Device memory: the stream that computes the blocks.
+    pub stream: Option<ForeignStream>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +101,7 @@ struct Job {
     what: What,
     deadline: Instant,
     reported: bool,
+    event: Option<u32>,
 }
 
 /// The shared memory of one connection.
@@ -110,6 +117,7 @@ struct Tables {
 struct Orphans {
     process: Option<Process>,
     jobs: Vec<[u8; 16]>,
+    cuda_events: Vec<u32>,
 }
 
 #[derive(Debug, Default)]
@@ -125,6 +133,9 @@ struct State {
     orphans: Vec<Orphans>,
     events: VecDeque<JobEvent>,
     next_deadline: Option<Instant>,
+    cuda_events: Events,
+    /// The request to let go of the memory that the sidecar answered last.
+    let_go: u64,
 }
 
 #[derive(Debug, Default)]
@@ -135,11 +146,14 @@ struct Counts {
     deadlines: AtomicU64,
     revoked: AtomicU64,
     lost: AtomicU64,
+    no_event: AtomicU64,
 }
 
 #[derive(Debug)]
 struct Shared {
     state: Mutex<State>,
+    /// Something came that `unregister` may wait for.
+    news: Condvar,
     namespace: Vec<(String, String)>,
     canary_checked: AtomicBool,
     health: Arc<Health>,
@@ -169,6 +183,7 @@ impl WorkerClient {
         let health = Arc::new(Health::default());
         let shared = Arc::new(Shared {
             state: Mutex::default(),
+            news: Condvar::new(),
             namespace: options.namespace.clone(),
             canary_checked: AtomicBool::new(false),
             health: Arc::clone(&health),
@@ -178,14 +193,20 @@ impl WorkerClient {
         Ok(Self { shared, link: Link::start(options, half, outbox, health) })
     }
 
-    /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary now.
+    /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary now. Device
+    /// memory gets a pool of `events` events: so many jobs may run at a time.
     ///
     /// # Errors
     /// Where the layout is not covered or the canary is not where it should be (I10).
-    pub fn register(&self, registration: Registration) -> Result<(), RegistrationError> {
+    pub fn register(&self, registration: Registration, events: usize) -> Result<(), RegistrationError> {
         registration.check()?;
         let mut state = self.shared.state();
+        if matches!(registration.memory, Memory::Device(_)) {
+            state.cuda_events.grow(events)?;
+        }
         state.registration = Some(registration);
+        // Until a sidecar has taken it.
+        state.ready = false;
         state.registered_at = Some(Instant::now());
         if state.tables.is_some()
             && let Err(text) = self.shared.present(&mut state, &self.link.outbox)
@@ -193,6 +214,48 @@ impl WorkerClient {
             self.shared.health.say(text);
         }
         Ok(())
+    }
+
+    /// From now on block 0 may hold anything: a sidecar that comes later must believe this client's own look.
+    pub fn canary_over(&self) {
+        self.shared.state().registered_at = None;
+    }
+
+    /// The memory is about to go away: takes no new jobs, ends all, asks the sidecar to let go, and waits for its
+    /// answer. True: nothing outside this process can touch the memory, or keeps it from being freed.
+    pub fn unregister(&self, wait: Duration) -> bool {
+        let until = Instant::now() + wait;
+        let mut state = self.shared.state();
+        state.registration = None;
+        state.ready = false;
+        // Completions that have come still count.
+        state.drain_ring();
+        state.give_up_all();
+        if state.tables.is_some() {
+            state.request += 1;
+            let request = state.request;
+            if self.link.outbox.send(&Message::Unregister(wire::Unregister { request })).is_ok() {
+                while state.tables.is_some() && state.let_go < request {
+                    let left = until.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return false;
+                    }
+                    state =
+                        self.shared.news.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+                }
+                state.drain_ring();
+            }
+        }
+        // Without a connection: only a process that is gone reaches nothing.
+        while !state.is_let_go() {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let step = left.min(Duration::from_millis(20));
+            state = self.shared.news.wait_timeout(state, step).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
     }
 
     /// Whether jobs can be submitted.
@@ -212,11 +275,14 @@ impl WorkerClient {
 
     /// Submits a load. Its end comes by [`WorkerClient::poll`], whatever happens.
     pub fn submit_load(&self, load: LoadJob) {
-        let LoadJob { job, lease, first, space, hashes, blocks, deadline } = load;
+        let LoadJob { job, lease, first, space, hashes, blocks, deadline, stream } = load;
         let alive = self.link.health.alive.load(Ordering::Acquire);
         let mut state = self.shared.state();
         state.submitted = true;
         self.shared.counts.loads.fetch_add(1, Ordering::Relaxed);
+        let Ok(event) = self.shared.mark(&mut state, alive, stream) else {
+            return state.emit(job, Outcome::Failed, true, 0);
+        };
         let message = Message::Load(wire::Load {
             job: job.to_vec(),
             lease: lease.to_vec(),
@@ -225,26 +291,32 @@ impl WorkerClient {
             hashes,
             blocks,
             deadline_ms: millis(deadline),
+            event: wire_event(event),
         });
         // Under the lock: a completion cannot be looked for before the job is known.
         if !(alive && state.ready) || self.link.outbox.send(&message).is_err() {
             self.shared.counts.not_taken.fetch_add(1, Ordering::Relaxed);
+            state.cuda_events.give_back(event);
             return state.emit(job, Outcome::Failed, true, 0);
         }
-        state.begin(job, What::Load, deadline);
+        state.begin(job, What::Load, deadline, event);
     }
 
     /// Submits a save. Its end comes by [`WorkerClient::poll`], whatever happens.
     pub fn submit_save(&self, save: SaveJob) {
-        let SaveJob { job, space, parent, hashes, blocks, deadline } = save;
+        let SaveJob { job, space, parent, hashes, blocks, deadline, stream } = save;
         let alive = self.link.health.alive.load(Ordering::Acquire);
         let mut state = self.shared.state();
         state.submitted = true;
         self.shared.counts.saves.fetch_add(1, Ordering::Relaxed);
+        let Ok(event) = self.shared.mark(&mut state, alive, stream) else {
+            return state.emit(job, Outcome::Cancelled, true, 0);
+        };
         let slot = state.tables.as_mut().filter(|_| alive).and_then(|tables| tables.free.pop());
         let Some(slot) = slot.filter(|_| state.ready) else {
             self.shared.counts.not_taken.fetch_add(1, Ordering::Relaxed);
             state.give_back(slot);
+            state.cuda_events.give_back(event);
             return state.emit(job, Outcome::Cancelled, true, 0);
         };
         state.tag += 1;
@@ -261,6 +333,7 @@ impl WorkerClient {
             word: slot,
             tag,
             deadline_ms: millis(deadline),
+            event: wire_event(event),
         });
         if self.link.outbox.send(&message).is_err() {
             self.shared.counts.not_taken.fetch_add(1, Ordering::Relaxed);
@@ -268,9 +341,10 @@ impl WorkerClient {
             if let Some(tables) = &state.tables {
                 tables.words.revoke(slot, tag);
             }
+            state.cuda_events.give_back(event);
             return state.emit(job, Outcome::Cancelled, true, 0);
         }
-        state.begin(job, What::Save { slot, tag }, deadline);
+        state.begin(job, What::Save { slot, tag }, deadline, event);
     }
 
     /// What has happened to jobs since the last call.
@@ -304,6 +378,7 @@ impl WorkerClient {
             ("deadlines", load(&counts.deadlines)),
             ("revoked", load(&counts.revoked)),
             ("lost", load(&counts.lost)),
+            ("no_event", load(&counts.no_event)),
             ("unquiesced", self.unquiesced() as u64),
         ]
     }
@@ -320,6 +395,11 @@ impl Drop for WorkerClient {
     }
 }
 
+/// As the protocol says it: 0 for none.
+fn wire_event(event: Option<u32>) -> u32 {
+    event.map_or(0, |index| index + 1)
+}
+
 fn millis(duration: Duration) -> u32 {
     u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
 }
@@ -329,10 +409,44 @@ impl State {
         self.events.push_back(JobEvent { job, outcome, quiesced, blocks });
     }
 
-    fn begin(&mut self, job: [u8; 16], what: What, deadline: Duration) {
+    fn begin(&mut self, job: [u8; 16], what: What, deadline: Duration, event: Option<u32>) {
         let deadline = Instant::now() + deadline;
         self.next_deadline = Some(self.next_deadline.map_or(deadline, |next| next.min(deadline)));
-        self.jobs.insert(job, Job { what, deadline, reported: false });
+        self.jobs.insert(job, Job { what, deadline, reported: false, event });
+    }
+
+    /// Forgets a job of which nothing outside touches anything any more.
+    fn end(&mut self, job: [u8; 16]) -> Option<Job> {
+        let ended = self.jobs.remove(&job);
+        self.cuda_events.give_back(ended.as_ref().and_then(|job| job.event));
+        ended
+    }
+
+    /// Ends every job towards the engine; loads quiesce when the sidecar says so.
+    fn give_up_all(&mut self) {
+        let jobs: Vec<_> = self.jobs.iter().map(|(id, job)| (*id, job.what)).collect();
+        for (job, what) in jobs {
+            match what {
+                What::Save { slot, tag } => drop(self.end_save(job, slot, tag)),
+                What::Load => self.report_failed(job),
+            }
+        }
+        self.next_deadline = None;
+    }
+
+    /// A load that will not be waited for. It still holds its blocks.
+    fn report_failed(&mut self, job: [u8; 16]) {
+        if let Some(running) = self.jobs.get_mut(&job)
+            && !running.reported
+        {
+            running.reported = true;
+            self.emit(job, Outcome::Failed, false, 0);
+        }
+    }
+
+    /// Whether no sidecar, past or present, can reach our memory.
+    fn is_let_go(&self) -> bool {
+        self.jobs.is_empty() && self.orphans.is_empty()
     }
 
     fn give_back(&mut self, slot: Option<u32>) {
@@ -360,7 +474,7 @@ impl State {
         running.reported |= outcome != Outcome::None;
         if quiesced {
             let what = running.what;
-            self.jobs.remove(&job);
+            self.end(job);
             if let What::Save { slot, .. } = what {
                 self.give_back(Some(slot));
             }
@@ -374,7 +488,7 @@ impl State {
     /// the source blocks for a record that could still be published.
     fn end_save(&mut self, job: [u8; 16], slot: u32, tag: u64) -> bool {
         let revoked = self.tables.as_ref().is_some_and(|tables| tables.words.revoke(slot, tag));
-        let reported = self.jobs.remove(&job).is_some_and(|running| running.reported);
+        let reported = self.end(job).is_some_and(|running| running.reported);
         self.give_back(Some(slot));
         let outcome = match (reported, revoked) {
             (true, _) => Outcome::None,
@@ -387,13 +501,28 @@ impl State {
 }
 
 impl Shared {
+    /// Marks the point of a stream that the sidecar must wait for. An error: the job cannot be taken.
+    fn mark(&self, state: &mut State, alive: bool, stream: Option<ForeignStream>) -> Result<Option<u32>, ()> {
+        let Some(stream) = stream else { return Ok(None) };
+        // Nobody would wait for it.
+        if !(alive && state.ready) {
+            return Ok(None);
+        }
+        let event = state.cuda_events.record(stream);
+        if event.is_none() {
+            self.counts.no_event.fetch_add(1, Ordering::Relaxed);
+        }
+        event.map(Some).ok_or(())
+    }
+
     fn present(&self, state: &mut State, outbox: &Outbox) -> Result<(), String> {
         state.request += 1;
         let request = state.request;
         let fresh = !state.submitted && state.registered_at.is_some_and(|at| at.elapsed() < CANARY_FRESH);
         let Some(registration) = &state.registration else { return Ok(()) };
         let fds = registration.fds().map_err(|error| error.to_string())?;
-        let message = Message::Register(registration.message(request, &self.namespace, fresh));
+        let events = state.cuda_events.handles();
+        let message = Message::Register(registration.message(request, &self.namespace, fresh, events));
         outbox.send_with_fds(&message, &fds).map_err(|_| "the registration could not be sent".to_owned())
     }
 
@@ -409,12 +538,7 @@ impl Shared {
             self.counts.deadlines.fetch_add(1, Ordering::Relaxed);
             let _ = outbox.send(&Message::Cancel(wire::Cancel { job: job.to_vec() }));
             match what {
-                What::Load => {
-                    if let Some(running) = state.jobs.get_mut(&job) {
-                        running.reported = true;
-                    }
-                    state.emit(job, Outcome::Failed, false, 0);
-                }
+                What::Load => state.report_failed(job),
                 What::Save { slot, tag } => {
                     if state.end_save(job, slot, tag) {
                         self.counts.revoked.fetch_add(1, Ordering::Relaxed);
@@ -459,6 +583,10 @@ impl Half for Shared {
                 state.ready = true;
                 self.canary_checked.store(true, Ordering::Release);
             }
+            Message::Unregistered(answer) => {
+                state.let_go = state.let_go.max(answer.request);
+                self.news.notify_all();
+            }
             Message::Refused(refused) => {
                 state.ready &= refused.request != state.request;
                 drop(state);
@@ -474,7 +602,7 @@ impl Half for Shared {
         state.drain_ring();
         state.ready = false;
         let gone = ended || process.as_ref().is_none_or(Process::has_ended);
-        let mut orphans = Vec::new();
+        let (mut orphans, mut cuda_events) = (Vec::new(), Vec::new());
         let jobs: Vec<_> = state.jobs.iter().map(|(id, job)| (*id, job.what)).collect();
         self.counts.lost.fetch_add(jobs.len() as u64, Ordering::Relaxed);
         for (job, what) in jobs {
@@ -483,22 +611,29 @@ impl Half for Shared {
                     state.end_save(job, slot, tag);
                 }
                 What::Load => {
-                    let reported = state.jobs.remove(&job).is_some_and(|running| running.reported);
+                    let (reported, event) =
+                        state.jobs.remove(&job).map_or((false, None), |job| (job.reported, job.event));
                     let outcome = if reported { Outcome::None } else { Outcome::Failed };
                     if !reported || gone {
                         state.emit(job, outcome, gone, 0);
                     }
-                    if !gone {
+                    if gone {
+                        state.cuda_events.give_back(event);
+                    } else {
                         orphans.push(job);
+                        cuda_events.extend(event);
                     }
                 }
             }
         }
-        if !orphans.is_empty() {
-            state.orphans.push(Orphans { process, jobs: orphans });
+        // Device memory stays open over there as long as the process lives, jobs or none.
+        let maps = matches!(&state.registration, Some(Registration { memory: Memory::Device(_), .. }));
+        if !orphans.is_empty() || (maps && !gone) {
+            state.orphans.push(Orphans { process, jobs: orphans, cuda_events });
         }
         state.tables = None;
         state.next_deadline = None;
+        self.news.notify_all();
     }
 
     fn beat(&self, _outbox: &Outbox) {
@@ -512,6 +647,10 @@ impl Half for Shared {
                 for job in orphans.jobs {
                     state.emit(job, Outcome::None, true, 0);
                 }
+                for event in orphans.cuda_events {
+                    state.cuda_events.give_back(Some(event));
+                }
+                self.news.notify_all();
             } else {
                 state.orphans.push(orphans);
             }
@@ -521,7 +660,7 @@ impl Half for Shared {
     fn has_overdue_holds(&self) -> bool {
         let now = Instant::now();
         let state = self.state();
-        !state.orphans.is_empty()
+        state.orphans.iter().any(|orphans| !orphans.jobs.is_empty())
             || state.jobs.values().any(|job| job.what == What::Load && job.deadline <= now)
     }
 }

@@ -18,6 +18,7 @@ macro_rules! messages {
 
         /// A decoded message.
         #[derive(Debug, Clone, PartialEq)]
+        #[expect(clippy::large_enum_variant, reason = "a registration is rare, and no message lives long")]
         pub enum Message { $(#[doc = $doc] $name(wire::$name),)* }
 
         impl Message {
@@ -68,4 +69,6 @@ messages! {
     Bye / ByeRef = 17, "The sidecar ends a session in order.";
     StatusQuery / StatusQueryRef = 18, "An observer asks for the state.";
     Status / StatusRef = 19, "The state, as JSON.";
+    Unregister / UnregisterRef = 20, "A worker's memory is about to go away.";
+    Unregistered / UnregisteredRef = 21, "Nothing here reaches it any more.";
 }

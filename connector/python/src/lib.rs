@@ -5,7 +5,9 @@
 
 use std::{collections::HashMap, os::fd::BorrowedFd, path::PathBuf, time::Duration};
 
-use pillion_client::{JobEvent, LoadJob, Memory, Options, Registration, SaveJob, Tensor};
+use pillion_client::{
+    DeviceMemory, ForeignStream, JobEvent, LoadJob, Memory, Options, Registration, SaveJob, Tensor,
+};
 use pyo3::{
     exceptions::{PyOSError, PyValueError},
     prelude::*,
@@ -13,6 +15,8 @@ use pyo3::{
 };
 
 const HASH_BYTES: usize = 32;
+/// Events of one worker: as many jobs may run at a time.
+const EVENTS_MAX: usize = 1024;
 
 fn id(what: &str, bytes: &[u8]) -> PyResult<[u8; 16]> {
     bytes
@@ -36,6 +40,12 @@ fn per_block(hashes: &[u8], blocks: &[u32]) -> PyResult<()> {
     }
     let (found, wanted) = (blocks.len(), hashes.len() / HASH_BYTES);
     Err(PyValueError::new_err(format!("expected one block id per hash ({wanted}), got {found}")))
+}
+
+/// A CUDA stream as Python frameworks give it.
+fn foreign(stream: Option<u64>) -> Option<ForeignStream> {
+    // SAFETY: the caller passes a stream that it works on at this moment; it is used during this call only.
+    stream.map(|raw| unsafe { ForeignStream::from_raw(raw) })
 }
 
 fn counters(py: Python<'_>, counters: Vec<(&'static str, u64)>) -> PyResult<Py<PyDict>> {
@@ -171,7 +181,7 @@ impl WorkerClient {
     }
 
     #[pyo3(signature = (*, layout, num_blocks, block_tokens, dtype, kind, heads, states, content_bytes, page_bytes,
-                        tensors, memory_bytes, canary_seed, memfd = -1, base = 0))]
+                        tensors, memory_bytes, canary_seed, memfd = -1, base = 0, cuda = false, events = 64))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python interface")]
     fn register(
         &self,
@@ -189,8 +199,16 @@ impl WorkerClient {
         canary_seed: u64,
         memfd: i32,
         base: u64,
+        cuda: bool,
+        events: usize,
     ) -> PyResult<()> {
-        let memory = if memfd >= 0 {
+        if !(1..=EVENTS_MAX).contains(&events) {
+            return Err(PyValueError::new_err(format!("expected 1 to {EVENTS_MAX} events, got {events}")));
+        }
+        let memory = if cuda {
+            let exported = DeviceMemory::export(base, memory_bytes);
+            Memory::Device(exported.map_err(|error| PyValueError::new_err(error.to_string()))?)
+        } else if memfd >= 0 {
             // SAFETY: the caller keeps the descriptor open during the call; it is duplicated here.
             let borrowed = unsafe { BorrowedFd::borrow_raw(memfd) };
             let owned = borrowed.try_clone_to_owned();
@@ -223,7 +241,16 @@ impl WorkerClient {
             memory,
             canary_seed,
         };
-        self.0.register(registration).map_err(|error| PyValueError::new_err(error.to_string()))
+        self.0.register(registration, events).map_err(|error| PyValueError::new_err(error.to_string()))
+    }
+
+    fn canary_over(&self) {
+        self.0.canary_over();
+    }
+
+    #[pyo3(signature = (wait_ms = 2000))]
+    fn unregister(&self, py: Python<'_>, wait_ms: u64) -> bool {
+        py.detach(|| self.0.unregister(Duration::from_millis(wait_ms)))
     }
 
     fn ready(&self) -> bool {
@@ -238,6 +265,7 @@ impl WorkerClient {
         self.0.canary_checked()
     }
 
+    #[pyo3(signature = (job, lease, first, namespace, hashes, blocks, deadline_ms, stream = None))]
     #[expect(clippy::too_many_arguments, reason = "the Python interface")]
     fn submit_load(
         &self,
@@ -248,14 +276,18 @@ impl WorkerClient {
         hashes: &[u8],
         blocks: Vec<u32>,
         deadline_ms: u64,
+        stream: Option<u64>,
     ) -> PyResult<()> {
         per_block(hashes, &blocks)?;
         let (job, lease, space) = (id("job", job)?, id("lease", lease)?, id("namespace", namespace)?);
         let (hashes, deadline) = (hashes.to_vec(), Duration::from_millis(deadline_ms));
-        self.0.submit_load(LoadJob { job, lease, first, space, hashes, blocks, deadline });
+        let stream = foreign(stream);
+        self.0.submit_load(LoadJob { job, lease, first, space, hashes, blocks, deadline, stream });
         Ok(())
     }
 
+    #[pyo3(signature = (job, namespace, parent, hashes, blocks, deadline_ms, stream = None))]
+    #[expect(clippy::too_many_arguments, reason = "the Python interface")]
     fn submit_save(
         &self,
         job: &[u8],
@@ -264,6 +296,7 @@ impl WorkerClient {
         hashes: &[u8],
         blocks: Vec<u32>,
         deadline_ms: u64,
+        stream: Option<u64>,
     ) -> PyResult<()> {
         per_block(hashes, &blocks)?;
         if !parent.is_empty() && parent.len() != HASH_BYTES {
@@ -273,7 +306,8 @@ impl WorkerClient {
         let (job, space) = (id("job", job)?, id("namespace", namespace)?);
         let (parent, hashes, deadline) =
             (parent.to_vec(), hashes.to_vec(), Duration::from_millis(deadline_ms));
-        self.0.submit_save(SaveJob { job, space, parent, hashes, blocks, deadline });
+        let stream = foreign(stream);
+        self.0.submit_save(SaveJob { job, space, parent, hashes, blocks, deadline, stream });
         Ok(())
     }
 
@@ -309,6 +343,19 @@ fn default_socket(device: &str) -> PyResult<String> {
     Ok(pillion_client::default_socket(device).to_string_lossy().into_owned())
 }
 
+/// The name of the device that holds an address of device memory. Raises OSError where it is none.
+#[pyfunction]
+fn cuda_device(address: u64) -> PyResult<String> {
+    let device = pillion_client::device_of(address);
+    device.map(|device| device.label()).map_err(|error| PyOSError::new_err(error.to_string()))
+}
+
+/// Why CUDA cannot be used in this process, or None.
+#[pyfunction]
+fn cuda_missing() -> Option<String> {
+    pillion_client::cuda_init().err().map(|error| error.to_string())
+}
+
 /// The status report of a sidecar, as JSON. Raises OSError with the reason where there is none.
 #[pyfunction]
 #[pyo3(signature = (socket, timeout_ms = 2000))]
@@ -323,6 +370,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<WorkerClient>()?;
     module.add_function(wrap_pyfunction!(version, module)?)?;
     module.add_function(wrap_pyfunction!(default_socket, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_device, module)?)?;
+    module.add_function(wrap_pyfunction!(cuda_missing, module)?)?;
     module.add_function(wrap_pyfunction!(status, module)?)?;
     Ok(())
 }

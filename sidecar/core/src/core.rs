@@ -86,6 +86,8 @@ struct Session {
     registration: Option<Registration>,
     jobs: usize,
     detached: bool,
+    /// The request to let go of its memory, until that can be answered.
+    unregister: Option<u64>,
 }
 
 /// One session, for status reports.
@@ -142,8 +144,9 @@ impl Core {
     pub fn apply(&mut self, event: Event, now_ns: u64, actions: &mut Vec<Action>) {
         match event {
             Event::Attached { session, role, engine, uid, tenant } => {
-                let registration = None;
-                let new = Session { role, engine, uid, tenant, registration, jobs: 0, detached: false };
+                let (registration, unregister) = (None, None);
+                let new =
+                    Session { role, engine, uid, tenant, registration, jobs: 0, detached: false, unregister };
                 self.sessions.insert(session, new);
             }
             Event::Detached { session } => self.detach(session, actions),
@@ -155,6 +158,7 @@ impl Core {
                     session.registration = Some(registration);
                 }
             }
+            Event::Unregister { session, request } => self.unregister(session, request, actions),
             Event::Lease { session, request, space, hashes } => {
                 self.lease(session, request, space, &hashes, now_ns, actions);
             }
@@ -168,12 +172,14 @@ impl Core {
                     self.leases.release(lease, &mut self.store);
                 }
             }
-            Event::Save { session, job, space, parent, hashes, blocks, word, tag, deadline_ns } => {
-                let save = Submitted { session, job, space, hashes: &hashes, blocks: &blocks, deadline_ns };
+            Event::Save { session, job, space, parent, hashes, blocks, word, tag, deadline_ns, event } => {
+                let (hashes, blocks) = (&*hashes, &*blocks);
+                let save = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
                 self.save(&save, parent, word, tag, actions);
             }
-            Event::Load { session, job, lease, first, space, hashes, blocks, deadline_ns } => {
-                let load = Submitted { session, job, space, hashes: &hashes, blocks: &blocks, deadline_ns };
+            Event::Load { session, job, lease, first, space, hashes, blocks, deadline_ns, event } => {
+                let (hashes, blocks) = (&*hashes, &*blocks);
+                let load = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
                 self.load(&load, lease, first, actions);
             }
             Event::Cancel { session, job } => {
@@ -246,10 +252,28 @@ impl Core {
                 actions.push(Action::CancelCopy { session: id, job: *job });
             }
         }
-        self.end_session_if_idle(id, actions);
+        self.if_idle(id, actions);
     }
 
-    fn end_session_if_idle(&mut self, id: SessionId, actions: &mut Vec<Action>) {
+    fn unregister(&mut self, id: SessionId, request: u64, actions: &mut Vec<Action>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        session.registration = None;
+        session.unregister = Some(request);
+        for ((owner, job), running) in &mut self.jobs {
+            if *owner == id {
+                running.cancelled = true;
+                actions.push(Action::CancelCopy { session: id, job: *job });
+            }
+        }
+        self.if_idle(id, actions);
+    }
+
+    /// What waits for the last copy of a session.
+    fn if_idle(&mut self, id: SessionId, actions: &mut Vec<Action>) {
+        let Some(session) = self.sessions.get_mut(&id).filter(|session| session.jobs == 0) else { return };
+        if let Some(request) = session.unregister.take() {
+            actions.push(Action::Unregistered { session: id, request });
+        }
         if self.sessions.get(&id).is_some_and(|session| session.detached && session.jobs == 0) {
             self.sessions.remove(&id);
             actions.push(Action::SessionEnded { session: id });

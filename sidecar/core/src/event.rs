@@ -118,6 +118,13 @@ pub enum Event {
         /// What was registered.
         registration: Registration,
     },
+    /// A worker's memory is about to go away: its jobs are given up.
+    Unregister {
+        /// Who.
+        session: SessionId,
+        /// Echoed in the answer.
+        request: u64,
+    },
     /// A scheduler asks for a lease of the leading blocks.
     Lease {
         /// Who.
@@ -163,6 +170,8 @@ pub enum Event {
         tag: u64,
         /// Deadline, ns of the core's clock.
         deadline_ns: u64,
+        /// The worker's event that the copy must wait for on the device.
+        event: Option<u32>,
     },
     /// A worker asks to load blocks under a lease.
     Load {
@@ -182,6 +191,8 @@ pub enum Event {
         blocks: Vec<u32>,
         /// Deadline, ns of the core's clock.
         deadline_ns: u64,
+        /// The worker's event that the copy must wait for on the device.
+        event: Option<u32>,
     },
     /// A worker gives a job up.
     Cancel {
@@ -247,6 +258,15 @@ pub enum Action {
         direction: Direction,
         /// The blocks.
         items: Vec<CopyItem>,
+        /// As the job said.
+        event: Option<u32>,
+    },
+    /// Answer to [`Event::Unregister`]: no copy of this session runs any more, its memory may be unmapped.
+    Unregistered {
+        /// Who.
+        session: SessionId,
+        /// Its request.
+        request: u64,
     },
     /// Stop a copy at the next block; [`Event::CopyDone`] still follows.
     CancelCopy {

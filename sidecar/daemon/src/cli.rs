@@ -22,6 +22,8 @@ pub enum Command {
     Serve(ServeArgs),
     /// Show what a running sidecar holds and does
     Status(StatusArgs),
+    /// Show the GPUs that the CUDA driver sees, and the names of their sidecars
+    Devices(DevicesArgs),
     /// Check what this machine, its folders and its sidecar are fit for
     Doctor(DoctorArgs),
     /// Look at the configuration
@@ -55,6 +57,14 @@ pub struct StatusArgs {
     /// Which sidecar.
     #[command(flatten)]
     pub config: ConfigArgs,
+}
+
+/// Arguments of `devices`.
+#[derive(Debug, Args)]
+pub struct DevicesArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `doctor`.
@@ -104,6 +114,13 @@ impl ConfigArgs {
     /// With this process's environment.
     pub fn sources(&self) -> Sources {
         Sources::of_process(self.file.clone(), self.flags.clone())
+    }
+
+    /// With another value for one key.
+    pub fn with(mut self, key: &str, text: &str) -> Self {
+        self.flags.retain(|(there, _)| there != key);
+        self.flags.push((key.to_owned(), text.to_owned()));
+        self
     }
 
     /// The same arguments again, for a process that may start in another folder.

@@ -51,6 +51,7 @@ pub struct Config {
     pub max_sessions: u64,
     pub max_leases: u64,
     pub copy_threads: u64,
+    pub cuda_batch_copy: bool,
     pub presence_slots: u64,
     pub log_level: String,
     /// The sidecar's own user, who may always attach. No key: taken from the process.
@@ -223,6 +224,7 @@ impl Default for Config {
             max_sessions: 0,
             max_leases: 0,
             copy_threads: 0,
+            cuda_batch_copy: false,
             presence_slots: 0,
             log_level: String::new(),
             own_uid: rustix::process::geteuid().as_raw(),

@@ -160,18 +160,20 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem) -> BlockOutcome {
     };
     match result {
         Some(Ok(checksum)) => BlockOutcome::Copied(checksum),
-        Some(Err(CopyError::Corrupt { expected, found })) => {
-            tracing::error!(
-                job = ?task.job,
-                "a record in the host pool does not match its checksum (expected {expected:016x}, got {found:016x}): \
-                 retired, and its load fails; check the host's memory"
-            );
-            BlockOutcome::Corrupt
-        }
+        Some(Err(error @ CopyError::Corrupt { .. })) => corrupt(task.job, &error),
         Some(Err(error)) => {
             tracing::warn!(job = ?task.job, direction = ?task.direction, "block not copied: {error}");
             BlockOutcome::Unreachable
         }
         None => BlockOutcome::Unreachable,
     }
+}
+
+/// Says that the host's memory lost what it was given.
+pub(crate) fn corrupt(job: JobId, error: &CopyError) -> BlockOutcome {
+    tracing::error!(
+        ?job,
+        "a record in the host pool is damaged, and its load fails; check the host's memory: {error}"
+    );
+    BlockOutcome::Corrupt
 }

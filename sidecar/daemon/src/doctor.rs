@@ -13,6 +13,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use crate::config::{Config, ConfigError, Loaded};
+use crate::device;
 use crate::machine::available_memory_bytes;
 use crate::places::{Machine, Places};
 use crate::status::StatusReport;
@@ -77,7 +78,7 @@ pub fn examine(loaded: &Result<Loaded, ConfigError>, ask: &Ask<'_>) -> DoctorRep
     let gpu = kernel::gpu();
     let has_gpu = gpu.present;
     checks.push(gpu.check);
-    match Places::choose(&config, &Machine) {
+    match device::running(config.clone()).and_then(|config| Ok(Places::choose(&config, &Machine)?)) {
         Ok(places) => {
             let (check, report) = sidecar::reachable(&places.socket, ask);
             checks.push(memory(&config, report.as_ref(), available_memory_bytes()));

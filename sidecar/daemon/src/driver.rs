@@ -13,7 +13,7 @@ use std::{
 };
 
 use pillion_core::{Action, Core, Direction, Event, JobId, Outcome, Role, SessionId, Tenant};
-use pillion_cuda::BlockCopier;
+use pillion_cuda::{BlockCopier, Gpu};
 use pillion_protocol::{Message, frame, wire};
 use pillion_shm::{
     ShmError, clock,
@@ -26,6 +26,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::{
     copier::{Copiers, CopyReport, CopyTask},
+    lanes::{LaneTask, Lanes},
     metrics::{self, CoreCounters, LabelValue, Metrics},
     register::Registered,
 };
@@ -57,7 +58,15 @@ pub struct Live {
     ring: Option<RingWriter>,
     overflow: VecDeque<Completion>,
     words: Option<Arc<JobWords>>,
-    copier: Option<BlockCopier>,
+    mover: Option<Mover>,
+    /// Memory that was unregistered, until its last copy has ended.
+    leaving: Option<Mover>,
+    /// The request that is answered when this import is unmapped.
+    unmapping: Option<(u64, u64)>,
+    /// The registration that is being carried out on another thread.
+    importing: Option<u64>,
+    /// A request to let go that came meanwhile.
+    unregister_next: Option<u64>,
     running: HashMap<JobId, Running>,
     /// For status reports.
     pub view: View,
@@ -87,6 +96,44 @@ struct Running {
     bytes: u64,
 }
 
+/// How an engine's blocks are moved.
+#[derive(Debug)]
+pub enum Mover {
+    /// By the copy threads.
+    Host(BlockCopier),
+    /// By threads of its own.
+    Device {
+        /// Those.
+        lanes: Lanes,
+        /// Numbers imports.
+        import: u64,
+    },
+}
+
+impl Mover {
+    /// How the memory is reached.
+    pub fn way(&self) -> &'static str {
+        match self {
+            Self::Host(copier) => copier.way(),
+            Self::Device { lanes, .. } => lanes.way(),
+        }
+    }
+
+    fn record_bytes(&self) -> u64 {
+        match self {
+            Self::Host(copier) => copier.record_bytes(),
+            Self::Device { lanes, .. } => lanes.record_bytes(),
+        }
+    }
+
+    fn waiting(&self) -> usize {
+        match self {
+            Self::Host(_) => 0,
+            Self::Device { lanes, .. } => lanes.waiting(),
+        }
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Driver {
@@ -94,12 +141,14 @@ pub struct Driver {
     tables: HashMap<Arc<str>, TableWriter>,
     sessions: BTreeMap<SessionId, Live>,
     copiers: Copiers,
+    gpu: Option<Arc<Gpu>>,
     /// Shared with HTTP.
     pub metrics: Arc<Metrics>,
     presence_slots: u64,
     pool_bytes: u64,
     generation: [u8; 16],
     next_session: u64,
+    next_import: u64,
     restarts: u64,
     drained: bool,
     last_active: Instant,
@@ -112,6 +161,7 @@ pub struct Driver {
 pub struct Parts {
     pub core: Core,
     pub copiers: Copiers,
+    pub gpu: Option<Arc<Gpu>>,
     pub metrics: Arc<Metrics>,
     pub presence_slots: u64,
     pub pool_bytes: u64,
@@ -130,11 +180,13 @@ impl Driver {
             tables: HashMap::new(),
             sessions: BTreeMap::new(),
             copiers: parts.copiers,
+            gpu: parts.gpu,
             metrics: parts.metrics,
             presence_slots: parts.presence_slots,
             pool_bytes: parts.pool_bytes,
             generation: parts.generation,
             next_session: 0,
+            next_import: 0,
             restarts: parts.restarts,
             drained: false,
             last_active: Instant::now(),
@@ -220,7 +272,11 @@ impl Driver {
             ring,
             overflow: VecDeque::new(),
             words,
-            copier: None,
+            mover: None,
+            leaving: None,
+            unmapping: None,
+            importing: None,
+            unregister_next: None,
             running: HashMap::new(),
             view,
         };
@@ -235,16 +291,74 @@ impl Driver {
         self.sessions.get_mut(&session)
     }
 
+    /// The device, where one is served.
+    pub fn gpu(&self) -> Option<&Arc<Gpu>> {
+        self.gpu.as_ref()
+    }
+
+    /// A registration goes on on another thread; the number of its import.
+    pub fn importing(&mut self, session: SessionId, request: u64) -> u64 {
+        if let Some(live) = self.sessions.get_mut(&session) {
+            live.importing = Some(request);
+        }
+        self.next_import += 1;
+        self.next_import
+    }
+
+    /// It has ended. Whether its result is still wanted.
+    pub fn imported(&mut self, session: SessionId, request: u64) -> bool {
+        let live = self.sessions.get_mut(&session);
+        live.is_some_and(|live| live.importing.take_if(|newest| *newest == request).is_some())
+    }
+
+    /// A worker's memory is about to go away.
+    pub fn unregister(&mut self, session: SessionId, request: u64) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        if live.importing.is_some() {
+            live.unregister_next = Some(request);
+            return;
+        }
+        live.leaving = live.mover.take();
+        live.view.layout = None;
+        self.apply(Event::Unregister { session, request });
+    }
+
+    /// Carries out a request to let go that came while the memory was being imported.
+    pub fn unregister_if_asked(&mut self, session: SessionId) {
+        let asked = self.sessions.get_mut(&session).and_then(|live| live.unregister_next.take());
+        if let Some(request) = asked {
+            self.unregister(session, request);
+        }
+    }
+
+    /// Nothing here reaches the memory of an import any more.
+    pub fn unmapped(&mut self, session: SessionId, import: u64) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        if let Some((_, request)) = live.unmapping.take_if(|(awaited, _)| *awaited == import) {
+            self.send(session, &Message::Unregistered(wire::Unregistered { request }));
+        }
+    }
+
+    fn let_go(&mut self, session: SessionId, request: u64) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        if let Some(Mover::Device { lanes, import }) = live.leaving.take() {
+            live.unmapping = Some((import, request));
+            // Its threads unmap the memory and say so.
+            return drop(lanes);
+        }
+        self.send(session, &Message::Unregistered(wire::Unregistered { request }));
+    }
+
     /// A worker's memory can be moved from now on.
     pub fn registered(&mut self, session: SessionId, request: u64, registered: Registered) {
-        let Registered { copier, registration, layout, canary } = registered;
+        let Registered { mover, registration, layout, canary } = registered;
         if let Some(live) = self.sessions.get_mut(&session) {
             live.view.layout = Some(layout);
             live.view.num_blocks = registration.num_blocks;
             live.view.record_bytes = registration.record_bytes;
             live.view.canary = Some(canary);
             live.view.refused = None;
-            live.copier = Some(copier);
+            live.mover = Some(mover);
         }
         let answer = wire::Registered {
             request,
@@ -296,9 +410,10 @@ impl Driver {
                 let leased = wire::Leased { request, lease: lease.0.to_vec(), blocks };
                 self.send(session, &Message::Leased(leased));
             }
-            Action::Copy { session, job, direction, items } => {
-                self.copy(session, job, direction, items);
+            Action::Copy { session, job, direction, items, event } => {
+                self.copy(session, job, direction, items, event);
             }
+            Action::Unregistered { session, request } => self.let_go(session, request),
             Action::CancelCopy { session, job } => {
                 if let Some(running) = self.sessions.get(&session).and_then(|live| live.running.get(&job)) {
                     running.cancelled.store(true, Ordering::Release);
@@ -344,14 +459,23 @@ impl Driver {
         job: JobId,
         direction: Direction,
         items: Vec<pillion_core::CopyItem>,
+        event: Option<u32>,
     ) {
         let Some(live) = self.sessions.get_mut(&session) else { return };
-        let Some(copier) = live.copier.clone() else { return };
+        let Some(mover) = &live.mover else { return };
         let cancelled = Arc::new(AtomicBool::new(false));
-        let bytes = items.len() as u64 * copier.record_bytes();
+        let bytes = items.len() as u64 * mover.record_bytes();
         let running = Running { cancelled: Arc::clone(&cancelled), begun: Instant::now(), direction, bytes };
         live.running.insert(job, running);
-        self.copiers.push(CopyTask { session, job, direction, items, copier, cancelled });
+        match mover {
+            Mover::Host(copier) => {
+                let copier = copier.clone();
+                self.copiers.push(CopyTask { session, job, direction, items, copier, cancelled });
+            }
+            Mover::Device { lanes, .. } => {
+                lanes.push(LaneTask { session, job, direction, items, event, cancelled });
+            }
+        }
     }
 
     /// Takes in what a copy thread reports.
@@ -421,7 +545,7 @@ impl Driver {
     /// The sessions, for status reports.
     pub fn views(&self) -> impl Iterator<Item = (SessionId, &View, &'static str, usize)> {
         self.sessions.iter().map(|(id, live)| {
-            let way = live.copier.as_ref().map_or("", BlockCopier::way);
+            let way = live.mover.as_ref().map_or("", Mover::way);
             (*id, &live.view, way, live.running.len())
         })
     }
@@ -430,10 +554,11 @@ impl Driver {
     pub fn counters(&self) -> CoreCounters {
         let core = self.core.counters();
         let roles = |role| self.sessions.values().filter(|live| live.view.role == role).count() as u64;
-        let ways = |way| {
-            let has = |live: &&Live| live.copier.as_ref().is_some_and(|copier| copier.way() == way);
-            self.sessions.values().filter(has).count() as u64
-        };
+        let movers = || self.sessions.values().filter_map(|live| live.mover.as_ref());
+        let mut workers = [0; metrics::Path::ALL.len()];
+        for (path, count) in metrics::Path::ALL.iter().zip(&mut workers) {
+            *count = movers().filter(|mover| mover.way() == path.text()).count() as u64;
+        }
         CoreCounters {
             records: core.records,
             record_bytes: core.record_bytes,
@@ -443,10 +568,9 @@ impl Driver {
             scheduler_sessions: roles(Role::Scheduler),
             worker_sessions: roles(Role::Worker),
             observer_sessions: roles(Role::Observer),
-            memfd_workers: ways("memfd"),
-            process_vm_workers: ways("process_vm"),
+            workers,
             jobs: core.jobs,
-            copy_queue: self.copiers.waiting() as u64,
+            copy_queue: (self.copiers.waiting() + movers().map(Mover::waiting).sum::<usize>()) as u64,
             lease_blocks_asked: core.lease_blocks_asked,
             lease_blocks_hit: core.lease_blocks_hit,
             leases_granted: core.leases_granted,

@@ -7,9 +7,11 @@
 pub mod cli;
 pub mod config;
 pub mod copier;
+pub mod device;
 pub mod doctor;
 pub mod driver;
 pub mod http;
+pub mod lanes;
 pub mod logging;
 pub mod machine;
 pub mod metrics;

@@ -7,6 +7,7 @@ use clap::Parser;
 use pillion_daemon::{
     cli::{Cli, Command, ConfigCommand},
     config::{Config, Loaded, Sources},
+    device::{self, Devices},
     doctor,
     logging::{self, Format},
     places::{Machine, Places},
@@ -46,12 +47,20 @@ fn ask(socket: &Path) -> Result<StatusReport, String> {
 fn run(command: Command) -> Result<ExitCode> {
     match command {
         Command::Serve(args) => {
-            let loaded = load(&args.config.sources())?;
-            serve::serve(&loaded.config, args.config.to_args(), args.detach, args.detached)?;
+            let mut config = load(&args.config.sources())?.config;
+            let (device, said) = device::resolve(&config.device)?;
+            if let Some(text) = said {
+                tracing::info!("{text}");
+            }
+            // Its children serve the very device that was chosen here.
+            let arguments = args.config.with("device", &device).to_args();
+            config.device = device;
+            serve::serve(&config, arguments, args.detach, args.detached)?;
         }
         Command::Worker(args) => worker::run(load(&args.config.sources())?.config, args.restarts)?,
         Command::Status(args) => {
-            let places = Places::choose(&Config::load(&args.config.sources())?.config, &Machine)?;
+            let config = device::running(Config::load(&args.config.sources())?.config)?;
+            let places = Places::choose(&config, &Machine)?;
             let report = ask(&places.socket).map_err(anyhow::Error::msg)?;
             let out = &mut std::io::stdout().lock();
             if args.json { report.write_json(out)? } else { status::print(&report, out)? }
@@ -66,6 +75,15 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Config(ConfigCommand::Show(args)) => {
             print!("{}", Config::load(&args.sources())?.to_toml());
+        }
+        Command::Devices(args) => {
+            let devices = Devices::look();
+            let out = &mut std::io::stdout().lock();
+            if args.json {
+                serde_json::to_writer(&mut *out, &devices)?;
+            } else {
+                devices.print(out)?;
+            }
         }
         Command::Doctor(args) => {
             let report = doctor::examine(&Config::load(&args.config.sources()), &ask);

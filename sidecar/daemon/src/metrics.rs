@@ -65,10 +65,8 @@ pub struct CoreCounters {
     pub worker_sessions: u64,
     /// Sessions of observers such as `pillion status`, now.
     pub observer_sessions: u64,
-    /// Workers whose memory is a memfd, now.
-    pub memfd_workers: u64,
-    /// Workers that are reached by process_vm, now.
-    pub process_vm_workers: u64,
+    /// Workers by the way to their memory, in the order of [`Path::ALL`], now.
+    pub workers: [u64; Path::ALL.len()],
     /// Jobs that have not quiesced, now.
     pub jobs: u64,
     /// Copies that wait for a thread, now.
@@ -300,8 +298,9 @@ impl Levels {
         level(self.sessions.at(Role::Scheduler), now.scheduler_sessions);
         level(self.sessions.at(Role::Worker), now.worker_sessions);
         level(self.sessions.at(Role::Observer), now.observer_sessions);
-        level(self.workers.at(Path::Memfd), now.memfd_workers);
-        level(self.workers.at(Path::ProcessVm), now.process_vm_workers);
+        for (path, count) in Path::ALL.iter().zip(now.workers) {
+            level(self.workers.at(*path), count);
+        }
         level(&self.jobs, now.jobs);
         level(&self.copy_queue, now.copy_queue);
     }

@@ -20,15 +20,19 @@ use rustix::io::Errno;
 use tokio::{
     io::Interest,
     net::UnixStream,
-    sync::mpsc::{self, UnboundedReceiver},
+    sync::{
+        mpsc::{self, UnboundedReceiver, UnboundedSender},
+        oneshot,
+    },
     time::{MissedTickBehavior, error::Elapsed, interval, timeout},
 };
 
 use crate::{
     config::Config,
+    copier::CopyReport,
     driver::{RING_SLOTS, SharedDriver, WORD_SLOTS},
     metrics::{LabelValue, Refusal},
-    register,
+    register::{self, Begun, Refused, Registered},
     secret::ClusterSecret,
 };
 
@@ -65,6 +69,10 @@ pub struct Shared {
     pub started: std::time::Instant,
     /// Connections that have not introduced themselves.
     pub greetings: Cell<usize>,
+    /// Where copy threads report.
+    pub reports: UnboundedSender<CopyReport>,
+    /// Where unmapped imports are told: session and number.
+    pub unmapped: UnboundedSender<(SessionId, u64)>,
 }
 
 /// A place among the connections that have not introduced themselves.
@@ -177,16 +185,10 @@ impl Connection {
 
     async fn turn_away<T>(&mut self, reason: wire::Reason, text: String) -> Option<T> {
         tracing::warn!(pid = self.peer.pid, uid = self.peer.uid, "client refused: {text}");
-        self.count(reason);
+        count(&self.shared, reason);
         let refused = Message::Refused(wire::Refused { request: 0, reason, text });
         let _ = timeout(BYE_MAX, self.write_all(&frame::encode(&refused, 0))).await;
         None
-    }
-
-    fn count(&self, reason: wire::Reason) {
-        let text = format!("{reason:?}").to_lowercase();
-        let refusal = Refusal::ALL.iter().find(|refusal| refusal.text() == text);
-        self.shared.driver.borrow().metrics.refused(refusal.copied().unwrap_or(Refusal::Unknown));
     }
 
     #[expect(clippy::type_complexity, reason = "used once")]
@@ -382,7 +384,7 @@ impl Connection {
 
     fn strike(&mut self, session: SessionId, text: String) -> Result<(), String> {
         self.strikes += 1;
-        self.count(wire::Reason::Malformed);
+        count(&self.shared, wire::Reason::Malformed);
         if self.strikes >= STRIKES_MAX {
             return Err(format!("{STRIKES_MAX} malformed messages, the last: {text}"));
         }
@@ -407,6 +409,10 @@ impl Connection {
             Message::Register(register) => {
                 drop(driver);
                 self.register(session, &register, fds.into_iter().next());
+                return Ok(());
+            }
+            Message::Unregister(unregister) => {
+                driver.unregister(session, unregister.request);
                 return Ok(());
             }
             Message::OpenNamespace(open) => {
@@ -444,6 +450,7 @@ impl Connection {
                 word: save.word,
                 tag: save.tag,
                 deadline_ns: deadline(save.deadline_ms),
+                event: save.event.checked_sub(1),
             },
             Message::Load(load) => Event::Load {
                 session,
@@ -454,6 +461,7 @@ impl Connection {
                 hashes: hashes(&load.hashes)?,
                 blocks: load.blocks,
                 deadline_ns: deadline(load.deadline_ms),
+                event: load.event.checked_sub(1),
             },
             Message::Cancel(cancel) => Event::Cancel { session, job: job(&cancel.job)? },
             other => return Err(format!("expected a client's message, got {:?}", other.kind())),
@@ -463,40 +471,86 @@ impl Connection {
     }
 
     fn register(&self, session: SessionId, message: &wire::Register, fd: Option<OwnedFd>) {
-        let result = register::register(message, fd, self.peer);
-        let mut driver = self.shared.driver.borrow_mut();
-        match result {
-            Ok(registered) => {
-                let registration = &registered.registration;
-                tracing::info!(
-                    session = session.0,
-                    layout = registered.layout,
-                    blocks = registration.num_blocks,
-                    record_bytes = registration.record_bytes,
-                    way = registered.copier.way(),
-                    canary = registered.canary,
-                    "registered"
-                );
-                driver.registered(session, message.request, registered);
+        let gpu = self.shared.driver.borrow().gpu().cloned();
+        let request = message.request;
+        match register::register(message, fd, self.peer, gpu.as_deref()) {
+            Ok(Begun::Host(registered)) => {
+                registered_or_refused(&self.shared, session, request, Ok(registered))
             }
-            Err(refused) => {
-                tracing::warn!(
-                    session = session.0,
-                    pid = self.peer.pid,
-                    "registration refused: {}",
-                    refused.text
-                );
-                if let Some(live) = driver.live(session) {
-                    live.view.refused = Some(refused.text.clone());
+            Err(refused) => registered_or_refused(&self.shared, session, request, Err(refused)),
+            Ok(Begun::Device(import)) => {
+                // Only with a device does one get here.
+                let Some(gpu) = gpu else { return };
+                let number = self.shared.driver.borrow_mut().importing(session, request);
+                let (unmapped, reports) = (self.shared.unmapped.clone(), self.shared.reports.clone());
+                let (tell, told) = oneshot::channel();
+                let work = move || {
+                    let unmapped = move || {
+                        let _ = unmapped.send((session, number));
+                    };
+                    let _ = tell.send(import.finish(&gpu, number, &reports, unmapped));
+                };
+                let spawned = std::thread::Builder::new().name("pillion-import".into()).spawn(work);
+                if let Err(error) = spawned {
+                    tracing::error!("cannot start a thread: {error}");
                 }
-                let answer =
-                    wire::Refused { request: message.request, reason: refused.reason, text: refused.text };
-                driver.send(session, &Message::Refused(answer));
-                drop(driver);
-                self.count(refused.reason);
+                let shared = Rc::clone(&self.shared);
+                tokio::task::spawn_local(async move {
+                    let result = told.await.unwrap_or_else(|_| {
+                        let text = "the import ended without a result: try again".to_owned();
+                        Err(Refused { reason: wire::Reason::Memory, text })
+                    });
+                    // Where it is not, dropping the result unmaps the memory.
+                    let wanted = shared.driver.borrow_mut().imported(session, request);
+                    if wanted {
+                        registered_or_refused(&shared, session, request, result);
+                        shared.driver.borrow_mut().unregister_if_asked(session);
+                    }
+                });
             }
         }
     }
+}
+
+/// Tells everybody how a registration ended.
+fn registered_or_refused(
+    shared: &Shared,
+    session: SessionId,
+    request: u64,
+    result: Result<Registered, Refused>,
+) {
+    let mut driver = shared.driver.borrow_mut();
+    match result {
+        Ok(registered) => {
+            let registration = &registered.registration;
+            tracing::info!(
+                session = session.0,
+                layout = registered.layout,
+                blocks = registration.num_blocks,
+                record_bytes = registration.record_bytes,
+                way = registered.mover.way(),
+                canary = registered.canary,
+                "registered"
+            );
+            driver.registered(session, request, registered);
+        }
+        Err(Refused { reason, text }) => {
+            let pid = driver.live(session).map(|live| live.view.peer.pid);
+            tracing::warn!(session = session.0, pid, "registration refused: {text}");
+            if let Some(live) = driver.live(session) {
+                live.view.refused = Some(text.clone());
+            }
+            driver.send(session, &Message::Refused(wire::Refused { request, reason, text }));
+            drop(driver);
+            count(shared, reason);
+        }
+    }
+}
+
+fn count(shared: &Shared, reason: wire::Reason) {
+    let text = format!("{reason:?}").to_lowercase();
+    let refusal = Refusal::ALL.iter().find(|refusal| refusal.text() == text);
+    shared.driver.borrow().metrics.refused(refusal.copied().unwrap_or(Refusal::Unknown));
 }
 
 fn hashes(bytes: &[u8]) -> Result<Vec<[u8; 32]>, String> {

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use pillion_core::{Core, Limits};
-use pillion_cuda::HostPool;
+use pillion_cuda::Watchdog;
 use pillion_shm::clock;
 use tokio::{
     io::AsyncReadExt,
@@ -28,6 +28,7 @@ use tokio::{
 use crate::{
     config::{Config, HttpListen},
     copier::Copiers,
+    device,
     driver::{Driver, Parts, SESSION_JOBS_MAX, SharedDriver},
     http, machine,
     metrics::Metrics,
@@ -106,11 +107,13 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         pillion_core::CHUNK_BYTES,
         config.host_pool
     );
-    let pool = Arc::new(HostPool::create(pool_bytes).context("cannot make the host pool")?);
+    let watchdog = Watchdog::default();
+    let device::Memory { pool, gpu } = prepare(&config, pool_bytes, &watchdog).await?;
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"), SystemTime::now()));
     let (reports, mut copied) = mpsc::unbounded_channel();
     let copiers =
         Copiers::start(config.copy_threads, pool, &reports).context("cannot start the copy threads")?;
+    let (unmapped, mut unmappings) = mpsc::unbounded_channel();
     let generation = random()?;
     let core = Core::new(Limits {
         pool_bytes,
@@ -126,6 +129,7 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
     let driver: SharedDriver = Rc::new(RefCell::new(Driver::new(Parts {
         core,
         copiers,
+        gpu,
         metrics: Arc::clone(&metrics),
         presence_slots,
         pool_bytes,
@@ -149,12 +153,20 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         socket: places.socket.clone(),
         started,
         greetings: std::cell::Cell::new(0),
+        reports,
+        unmapped,
     });
     write_pid(&places.worker_pid())?;
     let ready = Rc::clone(&driver);
     tokio::task::spawn_local(async move {
         while let Some(report) = copied.recv().await {
             ready.borrow_mut().copied(report);
+        }
+    });
+    let letting_go = Rc::clone(&driver);
+    tokio::task::spawn_local(async move {
+        while let Some((session, import)) = unmappings.recv().await {
+            letting_go.borrow_mut().unmapped(session, import);
         }
     });
     let (ticking, ticked) = (Rc::clone(&driver), Arc::clone(&shown));
@@ -174,9 +186,9 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         pid = std::process::id(),
         "serving"
     );
-    accept(&shared, &shown, &places.socket).await?;
+    accept(&shared, &shown, &places.socket, &watchdog).await?;
     shown.draining.store(true, Ordering::Release);
-    drain(&driver, shared.config.drain()).await;
+    drain(&driver, shared.config.drain(), &watchdog).await;
     let _ = std::fs::remove_file(&places.socket);
     let _ = stop_http.send(());
     tracing::info!("stopped");
@@ -223,7 +235,12 @@ fn bind(path: &Path, others: bool) -> Result<(UnixListener, (u64, u64))> {
 }
 
 /// Takes connections until the process is to stop.
-async fn accept(shared: &Rc<session::Shared>, shown: &Arc<Shown>, path: &Path) -> Result<()> {
+async fn accept(
+    shared: &Rc<session::Shared>,
+    shown: &Arc<Shown>,
+    path: &Path,
+    watchdog: &Watchdog,
+) -> Result<()> {
     let others = shared.config.admits_other_users();
     let (mut listener, mut place) = bind(path, others)?;
     shown.listening.store(true, Ordering::Release);
@@ -256,6 +273,7 @@ async fn accept(shared: &Rc<session::Shared>, shown: &Arc<Shown>, path: &Path) -
             },
             _ = look.tick() => {
                 beat();
+                end_if_stuck(watchdog);
                 shared.driver.borrow().metrics.set_core(&shared.driver.borrow().counters());
                 let found = std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
                 if found != Some(place) {
@@ -283,12 +301,40 @@ fn beat() {
     let _ = rustix::io::write(rustix::stdio::stdout(), b".");
 }
 
-async fn drain(driver: &SharedDriver, limit: Duration) {
+/// Crash-only: what hangs in a driver cannot be given up by anything but the end of the process.
+fn end_if_stuck(watchdog: &Watchdog) {
+    let Some(text) = watchdog.stuck() else { return };
+    tracing::error!("{text}: this process ends, and the supervisor starts another");
+    // No handlers, no destructors, no core of the whole pool: each could hang as well.
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+}
+
+/// Makes pool and device on a thread of its own, beating meanwhile.
+async fn prepare(config: &Config, pool_bytes: u64, watchdog: &Watchdog) -> Result<device::Memory> {
+    let (tell, mut told) = tokio::sync::oneshot::channel();
+    let (config, dog) = (config.clone(), watchdog.clone());
+    std::thread::Builder::new()
+        .name("pillion-prepare".into())
+        .spawn(move || drop(tell.send(device::prepare(&config, pool_bytes, &dog))))
+        .context("cannot start a thread")?;
+    loop {
+        tokio::select! {
+            made = &mut told => return made.context("the preparation of the memory ended without a result")?,
+            () = tokio::time::sleep(LOOK) => {
+                beat();
+                end_if_stuck(watchdog);
+            }
+        }
+    }
+}
+
+async fn drain(driver: &SharedDriver, limit: Duration, watchdog: &Watchdog) {
     tracing::info!("draining for at most {} s", limit.as_secs());
     driver.borrow_mut().drain();
     let begun = Instant::now();
     while !driver.borrow().is_drained() && begun.elapsed() < limit {
         beat();
+        end_if_stuck(watchdog);
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     driver.borrow_mut().end_sessions();

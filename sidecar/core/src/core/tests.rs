@@ -42,6 +42,7 @@ struct Rig {
     leased: HashMap<u64, (LeaseId, u32)>,
     present: HashSet<(Arc<str>, IndexKey)>,
     ended: Vec<SessionId>,
+    unregistered: Vec<u64>,
     errors: Vec<String>,
     drained: bool,
 }
@@ -69,6 +70,7 @@ impl Rig {
             leased: HashMap::new(),
             present: HashSet::new(),
             ended: Vec::new(),
+            unregistered: Vec::new(),
             errors: Vec::new(),
             drained: false,
         }
@@ -79,7 +81,8 @@ impl Rig {
         self.core.apply(event, self.now, &mut actions);
         for action in actions {
             match action {
-                Action::Copy { session, job, direction, items, .. } => {
+                Action::Copy { session, job, direction, items, event } => {
+                    assert_eq!(event.is_some(), direction == Direction::Load, "as the rig submits them");
                     self.copies.push((session, job, direction, items));
                 }
                 Action::TryPublish { session, job, .. } => {
@@ -97,6 +100,7 @@ impl Rig {
                     assert!(self.present.remove(&(tenant, key)), "not there")
                 }
                 Action::SessionEnded { session } => self.ended.push(session),
+                Action::Unregistered { request, .. } => self.unregistered.push(request),
                 Action::ProtocolError { text, .. } => self.errors.push(text),
                 Action::Drained => self.drained = true,
                 Action::NamespaceOpened { .. } | Action::CancelCopy { .. } => {}
@@ -146,6 +150,7 @@ impl Rig {
             word: 0,
             tag: self.jobs,
             deadline_ns: self.now + 30 * SECOND,
+            event: None,
         });
         job
     }
@@ -170,6 +175,7 @@ impl Rig {
             blocks: hashes.clone().map(|n| n % 64).collect(),
             hashes: hashes.map(hash).collect(),
             deadline_ns: self.now + 2 * SECOND,
+            event: Some(3),
         });
         job
     }
@@ -412,6 +418,40 @@ fn a_drain_waits_for_jobs_and_takes_no_more() {
 }
 
 #[test]
+fn memory_that_goes_away_is_let_go_when_its_last_copy_has_ended() {
+    let mut rig = Rig::new(16);
+    let engine = rig.engine("e", &tenant(1), "m");
+    rig.save(&engine, None, 0..2);
+    rig.copy(|_| BlockOutcome::Copied(1));
+    let (lease, _) = rig.lease(&engine, 0..2);
+    let load = rig.load(&engine, lease, 0, 0..2);
+    let save = rig.save(&engine, Some(1), 2..4);
+    rig.apply(Event::Unregister { session: engine.worker, request: 77 });
+    assert!(rig.unregistered.is_empty(), "two copies may still touch it");
+    // Nothing new is begun.
+    rig.load(&engine, lease, 0, 0..1);
+    assert_eq!(rig.copies.len(), 2);
+    assert_eq!((rig.last().1, rig.last().2), (Outcome::Failed, true));
+    rig.copy(|_| BlockOutcome::Skipped);
+    assert_eq!(rig.last(), (load, Outcome::Cancelled, true, 0));
+    assert!(rig.unregistered.is_empty());
+    rig.copy(|_| BlockOutcome::Copied(1));
+    assert_eq!(rig.last(), (save, Outcome::Cancelled, true, 0));
+    assert_eq!(rig.unregistered, [77]);
+    assert_eq!(rig.lease(&engine, 0..4).1, 2, "a save that was given up is not found");
+    // Woken up.
+    let (record_bytes, num_blocks) = (RECORD, 64);
+    let registration =
+        Registration { namespace: namespace("m"), record_bytes, num_blocks, format: "format".into() };
+    rig.apply(Event::Registered { session: engine.worker, registration });
+    let load = rig.load(&engine, lease, 0, 0..2);
+    rig.copy(|_| BlockOutcome::Copied(1));
+    assert_eq!(rig.last(), (load, Outcome::Done, true, 2));
+    rig.apply(Event::Unregister { session: engine.worker, request: 78 });
+    assert_eq!(rig.unregistered, [77, 78], "nothing ran");
+}
+
+#[test]
 fn jobs_that_no_correct_client_submits_are_answered_and_counted() {
     let mut rig = Rig::new(16);
     let engine = rig.engine("e", &tenant(1), "m");
@@ -430,6 +470,7 @@ fn jobs_that_no_correct_client_submits_are_answered_and_counted() {
             word: 0,
             tag: 0,
             deadline_ns: 1,
+            event: None,
         };
         rig.apply(save);
         assert_eq!(rig.last(), (job, Outcome::Failed, true, 0));

@@ -143,7 +143,8 @@ impl Core {
             checksums: Vec::new(),
         };
         self.jobs.insert((session, job), running);
-        actions.push(Action::Copy { session, job, direction, items });
+        let event = save.event;
+        actions.push(Action::Copy { session, job, direction, items, event });
     }
 
     fn announce_evictions(&mut self, evicted: &[Record], actions: &mut Vec<Action>) {
@@ -185,7 +186,8 @@ impl Core {
             checksums: Vec::new(),
         };
         self.jobs.insert((session, job), running);
-        actions.push(Action::Copy { session, job, direction, items });
+        let event = load.event;
+        actions.push(Action::Copy { session, job, direction, items, event });
     }
 
     /// The second comparison of identity (the first was the lease): every block of the job
@@ -343,7 +345,7 @@ impl Core {
             let blocks = if outcome == Outcome::Done { blocks } else { 0 };
             actions.push(Action::Complete { session, job, outcome, quiesced: true, blocks });
         }
-        self.end_session_if_idle(session, actions);
+        self.if_idle(session, actions);
     }
 
     pub(super) fn count(&mut self, direction: Direction, outcome: Outcome) {
@@ -370,6 +372,7 @@ pub(super) struct Submitted<'a> {
     pub(super) hashes: &'a [[u8; 32]],
     pub(super) blocks: &'a [u32],
     pub(super) deadline_ns: u64,
+    pub(super) event: Option<u32>,
 }
 
 /// Why a job is not begun.

@@ -59,8 +59,8 @@ macro_rules! key {
 
 /// Every key, in the order of the documentation.
 pub static KEYS: &[Key] = &[
-    key!(device: Text, Kind::Device, "cpu0", "", "\"cpu0\"",
-        "The device that this sidecar serves; names its socket, lock and log."),
+    key!(device: Text, Kind::Device, "auto", "", "\"gpu0\"",
+        "The device that this sidecar serves; names its socket, lock and log: `cpu0`, `gpuN` or `gpu-<uuid>` (see `pillion devices`); `auto` is the first GPU, else `cpu0`."),
     key!(runtime_dir: Path, Kind::Path, "", "", "\"/run/pillion\"",
         "Folder of socket, lock and pid files, mode 0700. Default: `$XDG_RUNTIME_DIR/pillion`, else `/run/pillion`, else `/tmp/pillion-<uid>`."),
     key!(state_dir: Path, Kind::Path, "", "", "\"/var/lib/pillion\"",
@@ -92,7 +92,9 @@ pub static KEYS: &[Key] = &[
     key!(max_leases: Whole, Kind::Whole(1, 65_536), "4096", "leases", "4096",
         "Leases at a time; beyond it a lookup is a miss."),
     key!(copy_threads: Whole, Kind::Whole(1, 64), "2", "threads", "2",
-        "Threads that copy and checksum."),
+        "Threads that copy and checksum; with a GPU, whose copy engines copy, threads that help with checksums."),
+    key!(cuda_batch_copy: Switch, Kind::Switch, "on", "", "\"off\"",
+        "Whether `cuMemcpyBatchAsync` is used where the CUDA driver has it; `off`: one call per fragment."),
     key!(presence_slots: Whole, Kind::PowerOfTwo(1024, 16_777_216), "262144", "slots", "262144",
         "Slots of the presence table, one per stored block; more blocks than about three quarters of it are not found."),
     key!(log_level: Text, Kind::Level, "info", "", "\"info\"",

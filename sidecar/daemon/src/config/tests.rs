@@ -42,7 +42,7 @@ impl Case {
 fn defaults_are_those_of_the_architecture() {
     let config = Config::load(&Sources::default()).unwrap().config;
     assert_eq!(config, Config::default());
-    assert_eq!(config.device, "cpu0");
+    assert_eq!(config.device, "auto");
     assert_eq!(config.host_pool, PoolSize::Percent(20));
     assert_eq!(config.lease(), Duration::from_secs(30));
     assert_eq!(config.heartbeat(), Duration::from_millis(250));
@@ -96,7 +96,7 @@ fn the_named_file_beats_the_variable_beats_the_default_file() {
     sources.variables.clear();
     assert_eq!(Config::load(&sources).unwrap().config.device, "by-default");
     sources.default_file = Some(folder.path().join("absent"));
-    assert_eq!(Config::load(&sources).unwrap().config.device, "cpu0");
+    assert_eq!(Config::load(&sources).unwrap().config.device, "auto");
     sources.file = Some(folder.path().join("absent"));
     let error = Config::load(&sources).unwrap_err().to_string();
     assert!(error.contains("absent: expected a readable configuration file, came: No such file"), "{error}");

@@ -8,7 +8,7 @@ use super::size::{ByteSize, PoolSize};
 use super::tenants::{Tenant, TenantName, Tenants};
 
 /// Longest device name; it becomes part of a socket path of at most 107 bytes.
-pub const DEVICE_BYTES_MAX: usize = 32;
+pub const DEVICE_BYTES_MAX: usize = 48;
 
 /// Where metrics and health are served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub enum Kind {
     Tenants,
     /// A log level.
     Level,
+    /// `on` or `off`.
+    Switch,
 }
 
 /// A value before its kind has judged it.
@@ -63,6 +65,7 @@ pub(super) enum Value {
     Http(HttpListen),
     Uids(Vec<u32>),
     Tenants(Tenants),
+    Switch(bool),
 }
 
 /// Why a value is refused; the caller knows key and origin.
@@ -103,6 +106,7 @@ impl Kind {
             Self::Uids => "list of uids",
             Self::Tenants => "table",
             Self::Level => "level",
+            Self::Switch => "on or off",
         }
     }
 
@@ -120,6 +124,7 @@ impl Kind {
             Self::Uids => "a list of user ids, such as [1000, 1001]".to_owned(),
             Self::Tenants => "a table of tenants, such as team-a = { uids = [1000] }".to_owned(),
             Self::Level => "one of error, warn, info, debug, trace".to_owned(),
+            Self::Switch => "\"on\" or \"off\"".to_owned(),
         }
     }
 
@@ -172,6 +177,9 @@ impl Kind {
             (Self::Uids, Raw::List(items)) => read_uids(items).map(Value::Uids),
             (Self::Tenants, Raw::Table(entries)) => return read_tenants(entries).map(Value::Tenants),
             (Self::Level, Raw::Text(text)) => read_level(text).map(Value::Text),
+            (Self::Switch, Raw::Text(text)) if text == "on" || text == "off" => {
+                Some(Value::Switch(text == "on"))
+            }
             _ => None,
         };
         read.ok_or_else(|| refused(None))
@@ -186,6 +194,7 @@ impl Value {
             Self::Path(path) => quoted(&path.as_deref().map(|p| p.to_string_lossy()).unwrap_or_default()),
             Self::PoolSize(size) => quoted(&size.to_string()),
             Self::Whole(number) => number.to_string(),
+            Self::Switch(on) => quoted(if *on { "on" } else { "off" }),
             Self::Http(HttpListen::Off) => quoted("off"),
             Self::Http(HttpListen::On(address)) => quoted(&address.to_string()),
             Self::Uids(uids) => uid_list(uids),

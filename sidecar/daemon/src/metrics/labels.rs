@@ -63,6 +63,10 @@ label!(
     Memfd = "memfd",
     /// `process_vm_readv` and `process_vm_writev`.
     ProcessVm = "process_vm",
+    /// Device memory by a legacy IPC handle.
+    CudaIpc = "cuda_ipc",
+    /// Device memory by a VMM handle.
+    CudaVmm = "cuda_vmm",
 );
 label!(
     /// Where records lie.

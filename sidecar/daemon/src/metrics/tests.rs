@@ -42,7 +42,7 @@ fn totals_are_taken_over_as_they_are() {
         loads_done: 3,
         bytes_loaded: 4096,
         worker_sessions: 2,
-        process_vm_workers: 1,
+        workers: [0, 1, 0, 0],
         worker_restarts: 5,
         ..CoreCounters::default()
     };
