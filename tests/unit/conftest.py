@@ -34,6 +34,20 @@ def native() -> Any:
     return FakeNative()
 
 
+@pytest.fixture
+def gpu(native: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes vLLM's platform and our calls into CUDA those of a machine with GPUs; the tensors stay on the CPU."""
+    from pillion.vllm import device
+    from unit.fake_gpu import FakeGpu
+
+    fake = FakeGpu(native)
+    monkeypatch.setattr(device, "platform", lambda: fake)
+    monkeypatch.setattr(device, "CUDA", fake)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    native.cuda = fake.name(0)
+    return fake
+
+
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def overlap(request: Any) -> Any:
     """Without and with asynchronous scheduling."""

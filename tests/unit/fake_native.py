@@ -47,6 +47,8 @@ class FakeNative:
     quiesce_loads: bool = True
     quiesce_saves: bool = True
     submit_error: BaseException | None = None
+    unregister_answer: bool = True  # False: nobody says that the memory is let go of
+    cuda: str = "gpu-none"  # the device of every address
     raise_in: dict[str, BaseException] = field(default_factory=dict)  # method name -> error
 
     store: dict[tuple[bytes, bytes], Any] = field(default_factory=dict)
@@ -58,6 +60,12 @@ class FakeNative:
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     registered: Any = None  # what `register` was given
+    live: bool = False  # registered, and not unregistered since
+    log: list[str] = field(default_factory=list)  # the order of what happens around registrations
+    streams: list[tuple[str, int | None]] = field(
+        default_factory=list
+    )  # (load or save, stream) per submission
+    ended: list[tuple[bytes, int, bool, int]] = field(default_factory=list)  # events of `unregister`
     calls: dict[str, int] = field(default_factory=dict)
     closed: int = 0
     options: list[dict[str, Any]] = field(default_factory=list)
@@ -69,6 +77,7 @@ class FakeNative:
 
     def WorkerClient(self, **options: Any) -> FakeWorker:
         self.options.append(options)
+        self.live = False  # another engine's memory
         return FakeWorker(self)
 
     def default_socket(self, device: str) -> str:
@@ -76,6 +85,14 @@ class FakeNative:
 
     def version(self) -> str:
         return "fake"
+
+    def cuda_device(self, address: int) -> str:
+        self.called("cuda_device")
+        assert address > 0
+        return self.cuda
+
+    def cuda_missing(self) -> str | None:
+        return None
 
     @property
     def namespace(self) -> bytes:
@@ -103,10 +120,12 @@ class FakeNative:
     def quiesce_all(self) -> None:
         """From now on every job quiesces at the next poll."""
         self.quiesce_loads = self.quiesce_saves = True
+        for job in self.jobs.values():
+            job.polls_left = min(job.polls_left, 1) if job.outcome_told else job.polls_left
 
     def carry_out(self) -> list[tuple[bytes, int, bool, int]]:
         """One poll: moves every job on and returns the events."""
-        events = []
+        events, self.ended = self.ended, []
         for job in list(self.jobs.values()):
             job.polls_left -= 1
             if job.polls_left > 0:
@@ -230,9 +249,33 @@ class FakeWorker:
 
     def register(self, **registration: Any) -> None:
         self.native.called("register")
+        self.native.log.append("register")
+        assert not self.native.live, "registered twice"
+        assert not (registration["cuda"] and registration["memfd"] >= 0)
         self.native.registered = registration
+        self.native.live = True
+
+    def canary_over(self) -> None:
+        self.native.called("canary_over")
+        self.native.log.append("canary_over")
+
+    def unregister(self, wait_ms: int = 2000) -> bool:
+        """Ends all jobs; where nobody answers they do not quiesce before `quiesce_all`."""
+        native = self.native
+        native.called("unregister")
+        native.log.append("unregister")
+        assert native.live and 0 < wait_ms <= 5000
+        native.live = False
+        for job in list(native.jobs.values()):
+            outcome = 0 if job.outcome_told else FAILED if job.load else CANCELLED
+            job.outcome_told, job.polls_left = True, 1_000_000
+            native.ended.append((job.job, outcome, native.unregister_answer, 0))
+            if native.unregister_answer:
+                del native.jobs[job.job]
+        return native.unregister_answer
 
     def ready(self) -> bool:
+        self.native.log.append("ready")
         return self.native.attached
 
     def status(self) -> str:
@@ -250,9 +293,11 @@ class FakeWorker:
         hashes: bytes,
         blocks: list[int],
         deadline_ms: int,
+        stream: int | None = None,
     ) -> None:
         native = self.native
         native.called("submit_load")
+        native.streams.append(("load", stream))
         if native.submit_error is not None:
             raise native.submit_error
         held = next(hits for lease_id, hits, _ in native.leases.values() if lease_id == lease)
@@ -263,16 +308,25 @@ class FakeWorker:
         self._add(FakeJob(job, True, namespace, wanted, list(blocks), contents, native.load_polls))
 
     def submit_save(
-        self, job: bytes, namespace: bytes, parent: bytes, hashes: bytes, blocks: list[int], deadline_ms: int
+        self,
+        job: bytes,
+        namespace: bytes,
+        parent: bytes,
+        hashes: bytes,
+        blocks: list[int],
+        deadline_ms: int,
+        stream: int | None = None,
     ) -> None:
         native = self.native
         native.called("submit_save")
+        native.streams.append(("save", stream))
         if native.submit_error is not None:
             raise native.submit_error
         assert len(parent) in (0, 32) and deadline_ms > 0
         self._add(FakeJob(job, False, namespace, _split(hashes), list(blocks), [], native.save_polls))
 
     def _add(self, job: FakeJob) -> None:
+        assert self.native.live, "a job while no memory is registered"
         assert len(job.job) == 16 and job.job not in self.native.jobs
         assert 0 not in job.blocks and len(set(job.blocks)) == len(job.blocks)
         self.native.jobs[job.job] = job

@@ -155,15 +155,6 @@ def test_unknown_versions_are_refused(
     assert "vLLM 0.30 to 0.33 is known to work" in warnings.text
 
 
-def test_gpus_are_refused_and_asked_for_nothing(
-    make: Any, monkeypatch: pytest.MonkeyPatch, warnings: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(support, "on_cpu", lambda: False)
-    make(KVConnectorRole.SCHEDULER)
-    assert "not yet on GPU" in warnings.text
-    assert PillionConnector.get_required_kvcache_layout(make_config(tmp_path / "model")) is None
-
-
 def test_a_wrong_configuration_stops_the_engine(make: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown key 'tennant'"):
         make(extra={"tennant": "x"})
@@ -189,7 +180,7 @@ def test_an_absent_sidecar_costs_the_start_at_most_its_wait(
     import time
 
     native.attached = False
-    monkeypatch.setattr(source, "launch_command", lambda socket: ["pillion"])
+    monkeypatch.setattr(source, "launch_command", lambda socket, device: ["pillion"])
     connector = make(extra={"launch": True, "start_wait_ms": 60})
     begin = time.monotonic()
     connector.register_kv_caches(make_tensors(make_kv_config(20)))
@@ -261,11 +252,11 @@ def test_launch_command_names_a_socket_only_where_one_is_configured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(source, "find_binary", lambda: "/x/pillion")
-    command = source.launch_command(None)
+    command = source.launch_command(None, "cpu0")
     assert command == ["/x/pillion", "serve", "--detach", "--device", "cpu0", "--idle-exit-seconds", "1800"]
-    assert source.launch_command("/s")[-2:] == ["--socket", "/s"]
+    assert source.launch_command("/s", "cpu0")[-2:] == ["--socket", "/s"]
     monkeypatch.setattr(source, "find_binary", lambda: None)
-    assert source.launch_command("/s") == []
+    assert source.launch_command("/s", "cpu0") == []
 
 
 def test_the_binary_beside_the_interpreter_comes_first(
@@ -306,7 +297,7 @@ def test_inside_multi_connector(native: FakeNative, tmp_path: Path, monkeypatch:
     assert worker.build_connector_worker_meta() is not None
 
 
-def test_sleep_hooks_change_nothing(make: Any, native: FakeNative) -> None:
+def test_sleep_hooks_change_nothing_on_cpu(make: Any, native: FakeNative) -> None:
     connector = make()
     connector.register_kv_caches(make_tensors(make_kv_config(20)))
     before = dict(native.calls)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
@@ -256,7 +257,8 @@ class Engine:
         worker.bind_connector_metadata(meta)
         req_ids, sampled = self._forward(output)
         worker.start_load_kv(None)
-        worker.wait_for_save()
+        if output.total_num_scheduled_tokens or not vllm.__version__.startswith("0.30"):
+            worker.wait_for_save()  # 0.30 leaves it out where there is no forward
         results = worker.get_transfer_results(output.finished_req_ids)
         connector_output = KVConnectorOutput(
             finished_sending=results.finished_sending,
@@ -273,6 +275,17 @@ class Engine:
             sampled_token_ids=sampled,
             kv_connector_output=pickle.loads(pickle.dumps(connector_output)),
         )
+
+    def sleep(self) -> None:
+        """As `EngineCore.sleep(1)` of vLLM 0.33 goes: abort, drain, reset all caches, unmap."""
+        self.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+        self.run()
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        self.worker.unregister_kv_caches()
+        self.memory.clear()
+
+    def wake_up(self) -> None:
+        self.worker.restore_kv_caches()
 
     def _update_tables(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:

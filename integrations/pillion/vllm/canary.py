@@ -7,6 +7,11 @@ Block 0 is vLLM's null block: the block pool never hands it out. On CPU nothing 
 slot mappings hold slots of blocks that requests own, dummy and warm-up runs use slot -1 (which the kernels
 skip), and without CUDA graphs there is no padding. So the canary stays readable for the engine's whole life,
 and a sidecar that appears hours after the engine can still check it.
+
+On a GPU it is there only while the engine starts or wakes up. Warm-up and graph capture write block 0 (vLLM's
+`redirect_writes_to_null_block`), and padded block tables point at it: kernels load from it what they then mask,
+and random words are NaN often enough that nobody should have to trust every kernel's masks. So the client is told
+(`canary_over`; what was compared until then is remembered, not read again), and it is zeroed, as vLLM allocated it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,11 +49,22 @@ def write(caches: Mapping[str, Any], layers: Sequence[str], seed: int) -> None:
     """Fills block 0 of every layer's `[B, H, N, C]` tensor, in the order of `layers`."""
     import torch
 
-    for index, name in enumerate(layers):
-        block = caches[name][0].view(torch.uint8)
-        heads, states, content = block.shape
-        values = page(seed, index, heads * states * content).reshape(heads, states, content)
-        block.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    # A tensor that was made in inference mode can be written in inference mode only, others anywhere.
+    with torch.inference_mode():
+        for index, name in enumerate(layers):
+            block = caches[name][0].view(torch.uint8)
+            heads, states, content = block.shape
+            values = page(seed, index, heads * states * content).reshape(heads, states, content)
+            block.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+
+
+def clear(caches: Mapping[str, Any], layers: Sequence[str]) -> None:
+    """Makes block 0 all zeros again."""
+    import torch
+
+    with torch.inference_mode():
+        for name in layers:
+            caches[name][0].zero_()
 
 
 def intact(caches: Mapping[str, Any], layers: Sequence[str], seed: int) -> bool:
@@ -56,7 +72,7 @@ def intact(caches: Mapping[str, Any], layers: Sequence[str], seed: int) -> bool:
     import torch
 
     for index, name in enumerate(layers):
-        block = caches[name][0].view(torch.uint8).contiguous().numpy().reshape(-1)
+        block = caches[name][0].view(torch.uint8).cpu().contiguous().numpy().reshape(-1)
         if not np.array_equal(block, page(seed, index, block.size)):
             return False
     return True

@@ -4,10 +4,11 @@ Everything here is thin on purpose. The one exception to the silence is a config
 wrong: that stops the engine at its start.
 """
 
+import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from pillion.vllm import config, identity, support
+from pillion.vllm import config, device, identity, support
 from pillion.vllm import native as source
 from pillion.vllm.log import log_limited, log_once, logger, survivable
 from pillion.vllm.metadata import PillionMetadata
@@ -101,10 +102,14 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             fields = identity.namespace_fields(self._vllm_config, self._kv_cache_config, self._settings)
         except identity.UnknownModel as error:
             return str(error)
+        try:
+            device_name = device.name(self._vllm_config)
+        except device.Unnamed as error:
+            return str(error)
         digest = sha256(repr(sorted(fields.items())).encode()).hexdigest()
         native = source.native()
-        socket = self._settings.socket or native.default_socket(source.DEVICE)
-        launch = source.launch_command(self._settings.socket) if self._settings.launch else []
+        socket = self._settings.socket or native.default_socket(device_name)
+        launch = source.launch_command(self._settings.socket, device_name) if self._settings.launch else []
         self._waits = bool(launch) or os.path.exists(socket)
         if self._settings.launch and not launch:
             log_once(
@@ -126,6 +131,8 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
                 kv_cache_config=self._kv_cache_config,
                 layout=self._layout(),
                 identity=digest,
+                device=device_name,
+                locate=native.cuda_device if device_name != device.CPU else None,
             )
         return None
 
@@ -184,9 +191,9 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
-        """Block-first memory, where it can be had: CPU attention knows one order only."""
+        """Block-first memory, where it can be had: a block is one run of bytes. CPU attention knows one order."""
         settings = config.parse(vllm_config.kv_transfer_config.kv_connector_extra_config)
-        if settings.layout == "any" or support.platform_refusal() is not None or support.on_cpu():
+        if settings.layout == "any" or not device.on_cuda() or support.may_split_blocks(vllm_config):
             return None
         return settings.layout
 
@@ -197,7 +204,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
-        """True: CPU engines keep their memory while they sleep, and others are refused."""
+        """True: CPU engines keep their memory while they sleep, and on CUDA the two hooks below are followed."""
         return True
 
     @classmethod
@@ -222,20 +229,32 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
     @guarded(_nothing)
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Tells the sidecar where the KV cache lies."""
-        if self._worker is None:
-            return
+        if self._worker is not None:
+            with self._refusing(self._worker):
+                self._worker.register_kv_caches(kv_caches, self._waits)
+
+    @contextlib.contextmanager
+    def _refusing(self, worker: WorkerHalf) -> Iterator[None]:
+        """An engine whose memory could not be registered runs uncached, and its scheduler's half hears of it."""
         try:
-            self._worker.register_kv_caches(kv_caches, self._waits)
+            yield
         except BaseException as error:
             if survivable(error):
-                self._worker.refuse(f"registration failed: {error!r}")
+                worker.refuse(f"registration failed: {error!r}")
             raise
 
+    @guarded(_nothing)
     def unregister_kv_caches(self) -> None:
-        """Nothing: the memory of a CPU engine stays mapped while it sleeps."""
+        """The KV cache is about to be unmapped (vLLM 0.33: sleep, discard); nothing where it stays (CPU)."""
+        if self._worker is not None:
+            self._worker.unregister_kv_caches()
 
+    @guarded(_nothing)
     def restore_kv_caches(self) -> None:
-        """Nothing: see `unregister_kv_caches`."""
+        """The KV cache is mapped again, with other contents; nothing where it always was."""
+        if self._worker is not None:
+            with self._refusing(self._worker):
+                self._worker.restore_kv_caches()
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """Nothing: holds keep the blocks of jobs from being overwritten."""

@@ -15,6 +15,7 @@ import os
 import struct
 from typing import Any, Protocol
 
+from pillion.vllm import device
 from pillion.vllm.config import Settings
 
 FORMAT = "1"  # of this set of fields and of the fingerprint
@@ -72,7 +73,15 @@ def namespace_fields(vllm_config: Any, kv_cache_config: Any, settings: Settings)
 
 
 def backend(vllm_config: Any, spec: Any) -> str:
-    """The attention backend whose byte format the pages have, with the instruction set of its packing."""
+    """The attention backend whose byte format the pages have, with the instruction set of its packing.
+
+    On CUDA the pages of every backend that is served hold [K | V] by head and token, or what `page` and
+    `cache_dtype` already tell apart (`AttentionBackend.customize_spec`). So the backend that was asked for is
+    enough; which one vLLM chose by itself is known in the worker only.
+    """
+    if device.on_cuda():
+        asked = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+        return f"CUDA/{getattr(asked, 'name', asked) or 'auto'}"
     import torch
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 

@@ -5,7 +5,6 @@ import shutil
 import sys
 from types import ModuleType
 
-DEVICE = "cpu0"
 IDLE_EXIT_SECONDS = 1800
 
 
@@ -24,10 +23,10 @@ def find_binary() -> str | None:
     return shutil.which("pillion")
 
 
-def launch_command(socket: str | None) -> list[str]:
-    """The command that starts a sidecar which outlives this engine; empty where there is none."""
+def launch_command(socket: str | None, device: str) -> list[str]:
+    """The command that starts a sidecar of `device` which outlives this engine; empty where there is none."""
     binary = find_binary()
     if binary is None:
         return []
-    command = [binary, "serve", "--detach", "--device", DEVICE, "--idle-exit-seconds", str(IDLE_EXIT_SECONDS)]
+    command = [binary, "serve", "--detach", "--device", device, "--idle-exit-seconds", str(IDLE_EXIT_SECONDS)]
     return [*command, "--socket", socket] if socket else command

@@ -7,6 +7,8 @@ so that they decide alike.
 from collections.abc import Callable
 from typing import Any
 
+from pillion.vllm import device
+
 FIRST_VERSION = (0, 30)
 LAST_VERSION = (0, 33)
 STRONG_HASHES = ("sha256", "sha256_cbor")
@@ -34,16 +36,9 @@ def vllm_version() -> tuple[int, int] | None:
         return None
 
 
-def on_cpu() -> bool:
-    """Whether the engine computes on the CPU."""
-    from vllm.platforms import current_platform
-
-    return bool(current_platform.is_cpu())
-
-
 def refusal(vllm_config: Any, kv_cache_config: Any) -> str | None:
     """Why this engine cannot be served, or None."""
-    for check in (_version, _platform, _parallel, _hashes, _model, _groups, _memory):
+    for check in (_version, _platform, _cuda, _parallel, _hashes, _model, _groups, _memory):
         if (reason := check(vllm_config, kv_cache_config)) is not None:
             return reason
     return None
@@ -58,17 +53,62 @@ def _version(_vllm_config: Any, _kv: Any) -> str | None:
 
 
 def platform_refusal() -> str | None:
-    """Why engines on this platform are not served, or None.
-
-    Before GPUs are: vLLM 0.30 and 0.31 take `ref_cnt == number of requests` for "every request shares this
-    block" (`get_num_common_prefix_blocks`), which a hold's extra reference makes untrue. Attention backends
-    with cascade attention (none on CPU) would then read another request's prefix.
-    """
-    return None if on_cpu() else "not yet on GPU: this release serves CPU engines"
+    """Why engines on this platform are not served, or None."""
+    if device.on_cpu() or device.on_cuda():
+        return None
+    return f"engines on {device.platform().device_name} are not served: expected CPU or CUDA"
 
 
 def _platform(_vllm_config: Any, _kv: Any) -> str | None:
     return platform_refusal()
+
+
+def _cuda(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """What only CUDA engines can be configured for."""
+    if not device.on_cuda():
+        return None
+    version, model = vllm_version() or FIRST_VERSION, vllm_config.model_config
+    if version < (0, 32) and not getattr(model, "disable_cascade_attn", True):
+        # `get_num_common_prefix_blocks` takes `ref_cnt == number of requests` for "every request shares this
+        # block", which a hold's extra reference makes untrue: cascade attention would read another request's
+        # prefix. It is off by default, and gone in 0.32.
+        return (
+            "cascade attention miscounts blocks that a connector holds: leave --no-disable-cascade-attn away"
+        )
+    if version < (0, 33) and (
+        getattr(model, "enable_sleep_mode", False) or getattr(model, "enable_cumem_allocator", False)
+    ):
+        # `Worker.sleep` and `Worker.discard` unmap the KV cache and `Worker.wake_up` puts other memory under
+        # the same addresses. Before 0.33 no worker's connector hears of it in any way; only the scheduler's
+        # hears `reset_cache`, from `EngineCore._reset_caches`. The sidecar would go on with memory that is
+        # not the engine's any more. What makes the memory unmappable is the cumem allocator, which sleep
+        # mode switches on and which `sleep` works with wherever it is on.
+        return (
+            f"vLLM {version[0]}.{version[1]} unmaps the KV cache in sleep mode without telling connectors: "
+            "use 0.33 or later, or leave --enable-sleep-mode and --enable-cumem-allocator away"
+        )
+    modes = {str(vllm_config.cache_config.cache_dtype).lower()}
+    for group in kv_cache_config.kv_cache_groups:
+        modes.add(getattr(getattr(group.kv_cache_spec, "kv_quant_mode", None), "name", "").lower())
+    if any(mode.startswith("nvfp4") for mode in modes):
+        # FlashInfer keeps a page's data and its scales apart, and swizzles the scales as the kernel wants them:
+        # where a byte lies does not follow from [H, N, C], and the records are by [H, N, C].
+        return "NVFP4 pages are not laid out by head and token: not served yet"
+    return None
+
+
+def may_split_blocks(vllm_config: Any) -> bool:
+    """Whether the attention backend may have to split the blocks that the user asked for into kernel blocks.
+
+    Block-first blocks are never split (`prepare_kernel_block_sizes`), and nothing keeps vLLM from running a
+    backend with a block size that it does not know then: FlashInfer has 16, 32 and 64, where it has no more.
+    Sizes that vLLM chose are the backend's own.
+    """
+    cache = vllm_config.cache_config
+    if not getattr(cache, "user_specified_block_size", False) or cache.block_size in (16, 32, 64):
+        return False
+    asked = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    return getattr(asked, "name", asked) not in ("FLASH_ATTN", "TRITON_ATTN")  # any multiple of 16
 
 
 def _parallel(vllm_config: Any, _kv: Any) -> str | None:
@@ -112,6 +152,11 @@ def _model(vllm_config: Any, _kv: Any) -> str | None:
         return "diffusion models rewrite their KV"
     if getattr(vllm_config.model_config, "runner_type", "generate") != "generate":
         return f"models that generate are served, this is a {vllm_config.model_config.runner_type} runner"
+    if getattr(vllm_config, "weight_transfer_config", None) is not None:
+        # `update_weights` changes the weights in place and resets nothing; a caller who pauses with
+        # `clear_cache=False`, or resets the prefix cache without `reset_connector`, would load KV of other
+        # weights, and store KV of unknown weights under the name of the files'.
+        return "weights are replaced while the engine runs (weight_transfer_config): not served yet"
     drafter = vllm_config.speculative_config
     if drafter is not None and getattr(drafter, "method", None) not in MODEL_FREE_DRAFTERS:
         return f"speculative decoding with {drafter.method!r} has KV of its own: not served yet"

@@ -3,15 +3,40 @@
 vLLM calls everything here from the worker's main thread; the native client has its own thread and answers at
 once. Every load that the scheduler planned ends exactly once towards vLLM, whatever the client does: done,
 failed, or past its deadline.
+
+Streams (CUDA). A job may touch its blocks only after the work that is queued on them: for a save the forward
+that fills them, for a load the zeroing and the late writes of whoever had the blocks before. The client records
+an event on the stream that is named at submission, and the sidecar's copy waits for it. The stream that is
+current when vLLM calls is the one which that work is queued on, in 0.30 to 0.33:
+
+- All of a step's calls come from the worker's main thread, and neither runner enters another stream around them.
+  Model Runner V1: `execute_model` runs `_update_states` (which zeroes: `_zero_block_ids`) and, inside
+  `maybe_get_kv_connector_output`, `_model_forward`; that context manager's exit calls `start_load_kv`,
+  `wait_for_save` and `get_transfer_results` (`sample_tokens` calls `finalize_kv_connector` where there is a
+  drafter). Model Runner V2: `execute_model` runs `update_requests` (`kv_block_zeroer`) and the model or
+  `run_fullgraph`; `sample_tokens` calls `KVConnector.post_forward`. Steps without a forward
+  (`kv_connector_no_forward`, `no_forward`) come after the zeroing, too.
+- CUDA graphs are replayed on the current stream, piecewise and full; microbatches (`UBatchWrapper`,
+  `begin_capturable_run`) compute on the stream that was current, and are joined before the call returns.
+- Asynchronous scheduling adds copy streams for the output (`AsyncGPUModelRunnerOutput`, `AsyncOutput`), which
+  wait for the current stream and are left again before `post_forward`. What a step still writes into blocks that
+  a later step's plan gets was queued before that later step.
+- Which stream that is may change once: `vllm.utils.torch_utils.current_stream` replaces the legacy default
+  stream when it is first asked, and makes the new one wait for it. So it is asked for at every submission.
+
+Layer hooks, which full graphs never call, are not used. A load is reported when its bytes are in memory, so
+what vLLM launches after the report sees them.
 """
 
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from pillion.vllm import canary
+from pillion.vllm import device as devices
 from pillion.vllm.config import Settings
 from pillion.vllm.log import log_limited, log_once, logger, survivable
 from pillion.vllm.memory import KvMemfdMode
@@ -32,6 +57,9 @@ from pillion.vllm.stats import PillionStats
 # The client reports an outcome at the deadline; this much later the shim reports a failure without it.
 OVERDUE_S = 1.0
 _POLL_START_S = 0.005
+# Going to sleep may wait this long for the sidecar to let go of the memory, waking up for it to come back.
+UNREGISTER_WAIT_MS = 2000
+WAKE_WAIT_MS = 2000
 
 
 @dataclass
@@ -48,7 +76,15 @@ class WorkerHalf:
     """Jobs of one rank."""
 
     def __init__(
-        self, *, client: Any, settings: Settings, kv_cache_config: Any, layout: str, identity: str
+        self,
+        *,
+        client: Any,
+        settings: Settings,
+        kv_cache_config: Any,
+        layout: str,
+        identity: str,
+        device: str = devices.CPU,
+        locate: Callable[[int], str] | None = None,  # device name of an address
     ) -> None:
         self.client = client
         self.settings = settings
@@ -57,20 +93,27 @@ class WorkerHalf:
         self._config = kv_cache_config
         self._layout = layout
         self._identity: str | None = identity or None
+        self._device = device
+        self._locate = locate
+        self._cuda = devices.CUDA if device != devices.CPU else None
+        self._caches: dict[str, Any] = {}  # layer -> [B, H, N, C], one row per block of the block manager
+        self._registered = False
+        self._waits_ms = 0
         self._told_refused = False
         self._mode: KvMemfdMode | None = None
         self._running: dict[bytes, Running] = {}
         self._reports: dict[bytes, JobReport] = {}
         self._finished: set[str] = set()
         self._failed: set[str] = set()
-        self._submitted: object = None  # the step's metadata whose loads are submitted
+        self._loads_of: object = None  # the step's metadata whose loads are submitted
+        self._saves_of: object = None
         self._overdue_at = float("inf")
 
     # ---- start
 
     def get_mem_pool_context(self) -> KvMemfdMode | None:
-        """Puts vLLM's KV cache into a memfd, where vLLM asks (0.31 and later)."""
-        if self.refused is not None:
+        """Puts vLLM's KV cache into a memfd, where vLLM asks (0.31 and later); on CUDA it stays vLLM's own."""
+        if self.refused is not None or self._cuda is not None:
             return None
         self._mode = KvMemfdMode(self._config.kv_cache_tensors[0].size)
         return self._mode
@@ -80,18 +123,34 @@ class WorkerHalf:
         if self.refused is not None:
             return
         spec = self._config.kv_cache_groups[0].kv_cache_spec
-        tensor = self._config.kv_cache_tensors[0]
-        if (reason := self._unexpected(caches, spec)) is not None:
+        caches = dict(caches)
+        for name in self._config.kv_cache_tensors[0].layers:
+            if name in caches:
+                caches[name] = by_manager_block(caches[name], self._config.num_blocks)
+        if (reason := self._unexpected(caches, spec) or self._elsewhere(caches)) is not None:
             self.refuse(reason)
             return
-        storage = caches[tensor.layers[0]].untyped_storage()
+        self._caches = caches
+        self._waits_ms = self.settings.start_wait_ms if waits else 0
+        self._register(self._waits_ms)
+
+    def _register(self, wait_ms: int) -> None:
+        spec = self._config.kv_cache_groups[0].kv_cache_spec
+        tensor = self._config.kv_cache_tensors[0]
+        # `allocate_kv_cache`: one `torch.zeros` of exactly `tensor.size` bytes for all layers, on CUDA as well (a
+        # part of a segment of torch's caching allocator, or of a VMM mapping with cumem). The client finds the
+        # allocation around it and exports that.
+        storage = self._caches[tensor.layers[0]].untyped_storage()
         memfd = self._mode.taken() if self._mode is not None else None
         if memfd is not None and storage.data_ptr() != memfd.address:
             memfd = None
-        if memfd is None:
+        if memfd is None and self._cuda is None:
             log_once(logging.INFO, "process_vm", "the KV cache is not in a memfd: process_vm is used")
         seed = int.from_bytes(os.urandom(8), "little")
-        canary.write(caches, tensor.layers, seed)
+        canary.write(self._caches, tensor.layers, seed)
+        if self._cuda is not None:
+            # The client reads the canary on a stream of its own.
+            self._cuda.synchronize(self._caches[tensor.layers[0]].device)
         self.client.register(
             layout=self._layout,
             num_blocks=self._config.num_blocks,
@@ -108,9 +167,26 @@ class WorkerHalf:
             memory_bytes=storage.nbytes(),
             memfd=memfd.fd if memfd is not None else -1,
             base=storage.data_ptr(),
+            cuda=self._cuda is not None,
             canary_seed=seed,
         )
-        wait_ready(self.client, self.settings.start_wait_ms if waits else 0, "worker")
+        self._registered = True
+        wait_ready(self.client, wait_ms, "worker")
+        if self._cuda is not None:
+            self.client.canary_over()
+            canary.clear(self._caches, tensor.layers)
+
+    def _elsewhere(self, caches: dict[str, Any]) -> str | None:
+        """Whether the KV cache lies on another device than the one by whose name both halves look for a sidecar."""
+        if self._locate is None:
+            return None
+        found = self._locate(caches[self._config.kv_cache_tensors[0].layers[0]].untyped_storage().data_ptr())
+        if found == self._device:
+            return None
+        return (
+            f"the KV cache lies on {found}, but NVML's index names {self._device}: set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID, or CUDA_VISIBLE_DEVICES to the UUID of a whole GPU"
+        )
 
     def _unexpected(self, caches: dict[str, Any], spec: Any) -> str | None:
         """What about the registered tensors is not as the configuration says."""
@@ -121,6 +197,12 @@ class WorkerHalf:
         content = spec.state_content_size_bytes
         for index, name in enumerate(tensor.layers):
             view = caches[name]
+            if view is None:
+                return (
+                    f"the attention backend splits blocks of {spec.block_size} tokens, and in the order "
+                    f"{self._layout} the parts are not one page by head and token: give --block-size as large "
+                    "as the backend's own blocks"
+                )
             size = view.element_size()
             shape = (view.shape[0], view.shape[1], view.shape[2], view.shape[3] * size)
             expected = (self._config.num_blocks, spec.num_heads, spec.num_states, content)
@@ -133,6 +215,43 @@ class WorkerHalf:
                 return f"KV cache of {name} does not lie where its KVCacheTensor says"
         return None
 
+    # ---- sleep (vLLM 0.33)
+
+    # The scheduler's half need not be told: `EngineCore.sleep` (level 1 and 2) and `release_kv_cache_memory` call
+    # `_reset_caches` first, which fails, and with it the call, while blocks are held, and calls our `reset_cache`: a
+    # new epoch, in which nothing is found that was computed before. Level 0 resets nothing and unmaps nothing.
+    # After a partial wake-up (weights alone, KV cache alone) the scheduler stays paused, and `restore_kv_caches`
+    # comes with the KV cache. `reload_weights`, and `collective_rpc("sleep")` past the engine core, reset nothing:
+    # whoever calls them must reset the prefix cache with `reset_connector`, as for vLLM's own cache.
+
+    def unregister_kv_caches(self) -> None:
+        """Lets go of the KV cache, which is about to be unmapped: ends all jobs, takes none until it is back."""
+        if self._cuda is None or not self._registered:
+            return
+        self._registered = False
+        gone = False
+        try:
+            gone = self.client.unregister(wait_ms=UNREGISTER_WAIT_MS)
+        finally:
+            if not gone:
+                # vLLM unmaps whatever we say. A sidecar that has the memory open goes on with the old pages, which
+                # nobody else sees; holds end as always, when it says that it has quiesced, or is gone.
+                log_limited(
+                    logging.WARNING,
+                    "unregister",
+                    "the sidecar has not let go of the sleeping engine's KV cache (%s): its memory is freed when it does, "
+                    "and blocks of %d jobs stay held",
+                    self.client.status(),
+                    self.client.unquiesced(),
+                )
+            self._poll()
+
+    def restore_kv_caches(self) -> None:
+        """Registers the KV cache again, at the same addresses and with whatever is in it."""
+        if self._cuda is None or self._registered or not self._caches or self.refused is not None:
+            return
+        self._register(min(self._waits_ms, WAKE_WAIT_MS))
+
     def refuse(self, reason: str) -> None:
         """Runs uncached from now on and tells the scheduler's half with the next step."""
         if self.refused is None:
@@ -143,9 +262,9 @@ class WorkerHalf:
 
     def start_load_kv(self, meta: PillionMetadata) -> None:
         """Submits this step's loads, once, wherever in the step vLLM calls this from."""
-        if meta is self._submitted:
+        if meta is self._loads_of:
             return
-        self._submitted = meta
+        self._loads_of = meta
         for req_id in meta.ended:
             self._finish(req_id, ok=False)
         for plan in meta.loads:
@@ -155,12 +274,19 @@ class WorkerHalf:
         deadline = time.monotonic() + plan.deadline_ms / 1000 + OVERDUE_S
         self._running[plan.job] = Running(plan.req_id, len(plan.blocks), deadline)
         self._overdue_at = min(self._overdue_at, deadline)
-        if self.refused is not None:
+        if not self._takes_jobs():
             self._end(plan.job, FAILED, quiesced=True)
             return
         try:
             self.client.submit_load(
-                plan.job, plan.lease, plan.first, plan.namespace, plan.hashes, plan.blocks, plan.deadline_ms
+                plan.job,
+                plan.lease,
+                plan.first,
+                plan.namespace,
+                plan.hashes,
+                plan.blocks,
+                plan.deadline_ms,
+                stream=self._stream(),
             )
         except BaseException as error:
             if not survivable(error):
@@ -168,9 +294,20 @@ class WorkerHalf:
             self._not_taken(plan.job, "load", error)
 
     def wait_for_save(self, meta: PillionMetadata) -> None:
-        """Submits this step's saves; on CPU the forward pass has run when vLLM calls this."""
+        """Submits this step's saves, once; the forward pass has run (CPU) or is queued when vLLM calls this."""
+        if meta is self._saves_of:
+            return
+        self._saves_of = meta
         for plan in meta.saves:
             self._save(plan)
+
+    def _takes_jobs(self) -> bool:
+        """Whether a job may touch the engine's memory: not of a refused engine, and not while it sleeps."""
+        return self.refused is None and (self._cuda is None or self._registered)
+
+    def _stream(self) -> int | None:
+        """The stream that the step's work is queued on (see the top of this file); None where there is none."""
+        return self._cuda.stream() if self._cuda is not None else None
 
     def _save(self, plan: SavePlan) -> None:
         if plan.job in self._running:
@@ -178,12 +315,18 @@ class WorkerHalf:
         deadline = time.monotonic() + plan.deadline_ms / 1000 + OVERDUE_S
         self._running[plan.job] = Running(None, len(plan.blocks), deadline)
         self._overdue_at = min(self._overdue_at, deadline)
-        if self.refused is not None:
+        if not self._takes_jobs():
             self._end(plan.job, CANCELLED, quiesced=True)
             return
         try:
             self.client.submit_save(
-                plan.job, plan.namespace, plan.parent, plan.hashes, plan.blocks, plan.deadline_ms
+                plan.job,
+                plan.namespace,
+                plan.parent,
+                plan.hashes,
+                plan.blocks,
+                plan.deadline_ms,
+                stream=self._stream(),
             )
         except BaseException as error:
             if not survivable(error):
@@ -229,21 +372,25 @@ class WorkerHalf:
         """(requests whose load ended, those of them that failed) since the last call."""
         if meta is not None:
             self.start_load_kv(meta)
+            self.wait_for_save(meta)  # in steps without a forward vLLM 0.30 does not call it
         if self._running:
-            try:
-                for job, outcome, quiesced, blocks in self.client.poll():
-                    self._end(job, outcome, quiesced, blocks)
-            except BaseException as error:
-                if not survivable(error):
-                    raise
-                self.stats.add("errors")
-                log_limited(logging.ERROR, "poll", "polling the client failed: %r", error)
+            self._poll()
             self._report_overdue()
         if not self._finished:
             return set(), set()
         finished, failed = self._finished, self._failed
         self._finished, self._failed = set(), set()
         return finished, failed
+
+    def _poll(self) -> None:
+        try:
+            for job, outcome, quiesced, blocks in self.client.poll():
+                self._end(job, outcome, quiesced, blocks)
+        except BaseException as error:
+            if not survivable(error):
+                raise
+            self.stats.add("errors")
+            log_limited(logging.ERROR, "poll", "polling the client failed: %r", error)
 
     def _report_overdue(self) -> None:
         """Fails jobs whose outcome the client never told. Their holds stay until it says quiesced."""
@@ -271,6 +418,28 @@ class WorkerHalf:
             self.client.close()
         if self._mode is not None and self._mode.memfd is not None:
             self._mode.memfd.close()
+
+
+def by_manager_block(cache: Any, num_blocks: int) -> Any | None:
+    """A layer's `[B, H, N, C]` with one row per block of vLLM's block manager, where it has several per block.
+
+    A backend with block sizes of its own (FlashInfer: at most 64 tokens) splits each block into `ratio` kernel
+    blocks (`prepare_kernel_block_sizes`). vLLM does that only where a block is one dense page of its layer
+    (`create_kv_cache_views`), so never in block-first orders, and the bytes of a block stay together. In LBNHC the
+    parts' tokens follow each other: the block is `[N, H, C]`, as its KVCacheTensor says. In LBHNC it is
+    `[ratio, H, N / ratio, C]`, which no order that we can register describes (but for one head): None.
+    """
+    rows = cache.shape[0]
+    if rows == num_blocks or rows % num_blocks:
+        return cache
+    from vllm.v1.kv_cache_interface import group_kernel_blocks
+
+    parts = group_kernel_blocks(cache, num_blocks)  # [B, ratio, H, N / ratio, C]
+    _, ratio, heads, states, content = parts.shape
+    try:
+        return parts.transpose(1, 2).view(num_blocks, heads, ratio * states, content)
+    except RuntimeError:  # what torch says where no strides make this view
+        return None
 
 
 def wait_ready(client: Any, wait_ms: int, who: str) -> bool:
