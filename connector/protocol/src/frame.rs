@@ -193,6 +193,7 @@ mod tests {
             let message = Message::Save(wire::Save {
                 job: vec![1; 16], space: vec![2; 16], parent: vec![], hashes: vec![3; 64],
                 blocks: vec![4, 5], word: 6, tag: 7, deadline_ms: 8,
+                event: 0,
             });
             let mut bytes = encode(&message, 0)[HEADER_BYTES..].to_vec();
             let bit = bit % (bytes.len() * 8);
