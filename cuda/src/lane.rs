@@ -1,8 +1,8 @@
 //! One direction of one engine's device memory: a stream, and the thread that owns it.
 //!
 //! ```text
-//! load:  verify records of a chunk ─► queue its copies ─► … while it flies, verify the next
-//! save:  queue a chunk's copies ─► … while it flies, checksum the one before
+//! load:  wait for the engine's event ─► verify a chunk ─► queue its copies ─► … while it flies, verify the next
+//! save:  wait for the engine's event ─► queue a chunk's copies ─► … while it flies, checksum the one before
 //! ```
 //!
 //! A chunk is small enough that an urgent load waits a millisecond behind a save, and that a cancelled job
@@ -28,8 +28,12 @@ use crate::{CopyError, DeviceMemory, Gpu, Pulse, device_memory::Opened};
 const CHUNK_BYTES: u64 = 32 << 20;
 /// Chunks under way at a time.
 const DEPTH: usize = 3;
-/// How often a chunk is looked at. A wake-up costs some microseconds of processor time.
-const LOOK: Duration = Duration::from_micros(20);
+/// How often a chunk under way is looked at. A wake-up costs some microseconds of processor time.
+const LOOK_COPY: Duration = Duration::from_micros(20);
+/// How often a load's event is looked at: a request waits for it.
+const LOOK_LOAD: Duration = Duration::from_micros(5);
+/// The same of a save's, which waits for a whole forward pass, and nobody for it.
+const LOOK_SAVE: Duration = Duration::from_micros(50);
 
 /// One block of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,6 +92,7 @@ pub struct Lane {
     /// Block 0's segments, as long as they can be.
     segments: Arc<[Segment]>,
     chunk: usize,
+    look: Duration,
     memory: Arc<DeviceMemory>,
     gpu: Arc<Gpu>,
 }
@@ -104,25 +109,31 @@ impl Lane {
         direction: Direction,
     ) -> Result<Self, CudaError> {
         gpu.context().enter()?;
-        let priority = match direction {
-            Direction::In => Priority::Urgent,
-            Direction::Out => Priority::Background,
+        let (priority, look) = match direction {
+            Direction::In => (Priority::Urgent, LOOK_LOAD),
+            Direction::Out => (Priority::Background, LOOK_SAVE),
         };
         let pulse = gpu.watchdog().pulse();
         let stream = pulse.during("the making of a stream", gpu.patience(), || Stream::new(priority))?;
         let segments: Arc<[Segment]> = plan.segments(0).collect();
         let chunk = (CHUNK_BYTES / plan.record_bytes().max(1)).max(1) as usize;
         let (opened, spare, batch) = (Opened::default(), Vec::new(), gpu.batch());
-        Ok(Self { stream, opened, spare, direction, batch, pulse, plan, segments, chunk, memory, gpu })
+        Ok(Self { stream, opened, spare, direction, batch, pulse, plan, segments, chunk, look, memory, gpu })
     }
 
-    /// Moves a job's blocks, all of them behind the engine's event. When this returns, nothing of the job
+    /// Moves a job's blocks, once the engine's event is reached. When this returns, nothing of the job
     /// touches memory any more.
     pub fn run(&mut self, items: &[Item], event: Option<u32>, cancelled: &AtomicBool) -> Vec<Moved> {
         let mut moved = vec![Moved::Skipped; items.len()];
-        if let Err(error) = self.wait_on_device(event) {
-            moved.fill(Moved::Failed(error));
-            return moved;
+        if let Some(index) = event {
+            match self.await_event(index, cancelled) {
+                Ok(true) => {}
+                Ok(false) => return moved,
+                Err(error) => {
+                    moved.fill(Moved::Failed(error));
+                    return moved;
+                }
+            }
         }
         let mut flying: VecDeque<Flying> = VecDeque::new();
         let mut next = 0;
@@ -141,7 +152,7 @@ impl Lane {
                 }
             }
             let Some(Flying { items: range, done }) = flying.pop_front() else { break };
-            match self.land(&done, event) {
+            match self.land(&done) {
                 Ok(()) => self.finish(items, range, &mut moved),
                 Err(error) => {
                     self.give_up(&error);
@@ -153,13 +164,25 @@ impl Lane {
         moved
     }
 
-    fn wait_on_device(&mut self, event: Option<u32>) -> Result<(), CopyError> {
-        let Some(index) = event else { return Ok(()) };
-        let Self { pulse, opened, memory, stream, gpu, .. } = self;
-        pulse.during("waiting for an engine's event", gpu.patience(), || {
-            let event = opened.get(memory, index)?;
-            stream.wait_for(event).map_err(|error| CopyError::Unreachable(error.to_string()))
-        })
+    /// Until the engine's event is reached; false: the job was cancelled meanwhile.
+    ///
+    /// Here and not on the device: a stream that waits for an event of a process that dies waits for ever, with
+    /// everything that is queued behind it, and only the end of this process would end that.
+    fn await_event(&mut self, index: u32, cancelled: &AtomicBool) -> Result<bool, CopyError> {
+        loop {
+            let Self { pulse, opened, memory, gpu, .. } = self;
+            let reached = pulse.during("looking at an engine's event", gpu.patience(), || {
+                let event = opened.get(memory, index)?;
+                event.is_reached().map_err(|error| CopyError::Unreachable(error.to_string()))
+            })?;
+            if reached || cancelled.load(Ordering::Acquire) {
+                return Ok(reached);
+            }
+            if !self.memory.has_owner() {
+                return Err(CopyError::Unreachable("the engine's process has ended".into()));
+            }
+            thread::sleep(self.look);
+        }
     }
 
     /// Queues a chunk. `None`: nothing of it may go.
@@ -258,35 +281,23 @@ impl Lane {
         })
     }
 
-    /// Until a chunk has landed. What the engine's event holds back may take as long as the engine does.
-    fn land(&mut self, done: &Event, event: Option<u32>) -> Result<(), CopyError> {
-        let unreachable = |error: CudaError| CopyError::Unreachable(error.to_string());
-        let mut runs_since = None;
-        loop {
-            let Self { pulse, opened, memory, gpu, .. } = self;
-            let (landed, runs) = pulse.during("looking at a copy", gpu.patience(), || {
-                if done.is_reached().map_err(unreachable)? {
-                    return Ok((true, true));
-                }
-                let held = match event {
-                    Some(index) => !opened.get(memory, index)?.is_reached().map_err(unreachable)?,
-                    None => false,
-                };
-                // An event whose process is gone may never be reached: that copy hangs, too.
-                Ok::<_, CopyError>((false, !held || !memory.has_owner()))
-            })?;
-            if landed {
-                return Ok(());
-            }
-            if runs && runs_since.get_or_insert_with(Instant::now).elapsed() > self.gpu.patience() {
+    /// Until a chunk has landed: nothing but the device itself can hold it back.
+    fn land(&mut self, done: &Event) -> Result<(), CopyError> {
+        let begun = Instant::now();
+        let patience = self.gpu.patience();
+        while !self.pulse.during("looking at a copy", patience, || {
+            done.is_reached().map_err(|error| CopyError::Unreachable(error.to_string()))
+        })? {
+            if begun.elapsed() > patience {
                 self.gpu.watchdog().fail("a copy between device and host does not end".into());
                 // The process ends now; until then this job must not.
                 loop {
                     thread::park();
                 }
             }
-            thread::sleep(LOOK);
+            thread::sleep(LOOK_COPY);
         }
+        Ok(())
     }
 
     fn finish(&self, items: &[Item], range: Range<usize>, moved: &mut [Moved]) {

@@ -281,7 +281,7 @@ fn a_damaged_record_does_not_reach_the_device() {
 }
 
 #[test]
-fn a_copy_waits_on_the_device_for_the_engines_event() {
+fn a_copy_waits_for_the_engines_event() {
     let rig = rig("BLHNC", "");
     let mut engine = Engine::start();
     let source = rig.source(engine.child.id(), vec![[0; 64], engine.handle]);
@@ -340,29 +340,21 @@ fn a_cancelled_job_stops_at_the_next_chunk_and_leaves_nothing_under_way() {
 }
 
 /// Runs a job on a thread that may never come back; why the watchdog then gives the process up.
-fn given_up(
-    rig: &Rig,
-    memory: Arc<DeviceMemory>,
-    event: Option<u32>,
-    faults: impl FnOnce(),
-) -> Option<String> {
+fn given_up(rig: &Rig, memory: Arc<DeviceMemory>, faults: &'static str) -> Option<String> {
     let (gpu, plan) = (Arc::clone(&rig.gpu), Arc::clone(&rig.plan));
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
-    let (opened, is_open) = std::sync::mpsc::channel();
+    let (made, is_made) = std::sync::mpsc::channel();
     let (begin, may_begin) = std::sync::mpsc::channel();
     thread::spawn(move || {
         let mut lane = Lane::new(gpu, memory, plan, Direction::Out).unwrap();
-        // An event is opened while its process lives, as in the middle of an engine's life.
-        let skipped = lane.run(&items(), event, &AtomicBool::new(true));
-        assert!(skipped.iter().all(|moved| *moved == Moved::Skipped), "{skipped:?}");
-        opened.send(()).unwrap();
+        made.send(()).unwrap();
         may_begin.recv().unwrap();
-        let _ = lane.run(&items(), event, &AtomicBool::new(false));
+        let _ = lane.run(&items(), None, &AtomicBool::new(false));
         ended.store(true, Ordering::Release);
     });
-    is_open.recv().unwrap();
-    faults();
+    is_made.recv().unwrap();
+    rig.faults.set(faults);
     begin.send(()).unwrap();
     let until = Instant::now() + 10 * PATIENCE;
     while rig.dog.stuck().is_none() && Instant::now() < until && !done.load(Ordering::Acquire) {
@@ -379,7 +371,7 @@ fn a_device_that_hangs_ends_the_process_and_not_the_job() {
     }
     let rig = rig("BLHNC", "");
     let memory = rig.import();
-    let text = given_up(&rig, memory, None, || rig.faults.set("copy hang"));
+    let text = given_up(&rig, memory, "copy hang");
     assert_eq!(text.as_deref(), Some("a copy between device and host does not end"));
     std::mem::forget(rig);
 }
@@ -391,7 +383,7 @@ fn a_lost_context_ends_the_process_and_not_the_job() {
     }
     let rig = rig("BLHNC", "");
     let memory = rig.import();
-    let text = given_up(&rig, memory, None, || rig.faults.set("copy error 719")).unwrap();
+    let text = given_up(&rig, memory, "copy error 719").unwrap();
     assert!(text.contains("the CUDA context is lost") && text.contains("719"), "{text}");
     std::mem::forget(rig);
 }
@@ -403,27 +395,29 @@ fn a_call_that_hangs_ends_the_process() {
     }
     let rig = rig("BLHNC", "");
     let memory = rig.import();
-    let text = given_up(&rig, memory, None, || rig.faults.set("cuMemcpyBatchAsync_v2 hang"));
+    let text = given_up(&rig, memory, "cuMemcpyBatchAsync_v2 hang");
     assert_eq!(text.as_deref(), Some("the queueing of copies does not come back"));
     std::mem::forget(rig);
 }
 
 #[test]
-fn an_event_whose_engine_is_gone_and_that_is_never_reached_ends_the_process() {
-    if !testing::alone("an_event_whose_engine_is_gone_and_that_is_never_reached_ends_the_process") {
-        return;
-    }
+fn an_event_whose_engine_is_gone_and_that_is_never_reached_costs_its_job_only() {
     let rig = rig("BLHNC", "");
     let mut engine = Engine::start();
     let source = rig.source(engine.child.id(), vec![engine.handle]);
     let memory = Arc::new(rig.gpu.import(source).unwrap());
-    let text = given_up(&rig, memory, Some(0), || {
-        rig.faults.set("record hang");
-        engine.record();
-        engine.kill();
-    });
-    assert_eq!(text.as_deref(), Some("a copy between device and host does not end"));
-    std::mem::forget(rig);
+    let mut lane = rig.lane(&memory, Direction::Out);
+    // Opened while its process lives, as in the middle of an engine's life.
+    assert!(lane.run(&items()[..1], Some(0), &go()).iter().all(|moved| matches!(moved, Moved::Copied(_))));
+    rig.faults.set("record hang");
+    engine.record();
+    // Cancelled, as by a deadline: nothing was begun.
+    let skipped = lane.run(&items(), Some(0), &AtomicBool::new(true));
+    assert!(skipped.iter().all(|moved| *moved == Moved::Skipped));
+    engine.kill();
+    let failed = lane.run(&items(), Some(0), &go());
+    assert!(failed.iter().all(|moved| matches!(moved, Moved::Failed(CopyError::Unreachable(_)))));
+    assert_eq!(rig.dog.stuck(), None);
 }
 
 #[test]

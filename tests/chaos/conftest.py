@@ -23,7 +23,7 @@ class World:
         self.sidecars: list[Sidecar] = []
         self.engines: list[FakeEngine] = []
 
-    def sidecar(self, *, start: bool = True, config: str = "", **flags: object) -> Sidecar:
+    def sidecar(self, *, start: bool = True, config: str = "", **flags: Any) -> Sidecar:
         sidecar = Sidecar(config=config, **flags)
         self.sidecars.append(sidecar)
         return sidecar.start() if start else sidecar

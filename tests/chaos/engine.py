@@ -49,6 +49,7 @@ class Shape:
     states: int = 32
     content: int = 64
     dtype: str = "float32"
+    order: str = "LBHNC"
 
     @property
     def page(self) -> int:
@@ -57,6 +58,13 @@ class Shape:
     @property
     def total(self) -> int:
         return self.layers * self.blocks * self.page
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Bytes from one layer to the next, and from one block to the next."""
+        if self.order.startswith("B"):
+            return self.page, self.layers * self.page
+        return self.blocks * self.page, self.page
 
 
 def chain(name: str, count: int) -> list[bytes]:
@@ -144,12 +152,9 @@ class FakeEngine:
         self.slowest = (0.0, "nothing")
         self.count = 0
         self.patterns = 0
-        self.memfd = -1
-        self.memory = self._allocate()
-        self.map: Bytes = np.frombuffer(self.memory, dtype=np.uint8)
-        self.pages: Bytes = self.map.reshape(self.shape.layers, self.shape.blocks, self.shape.page)
         self.record_bytes = self.shape.layers * self.shape.page
         self.seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:7], "little")
+        self._take_memory()
         self.write(0, canary(self.seed, self.record_bytes))
         options: dict[str, Any] = {
             "socket": str(self.socket),
@@ -161,11 +166,17 @@ class FakeEngine:
         }
         self.scheduler = SchedulerClient(**options)
         self.worker = WorkerClient(**options)
-        self._register()
+        self.register()
 
     @property
     def memory_name(self) -> str:
         return f"kv-{self.name}"
+
+    def _take_memory(self) -> None:
+        self.memfd = -1
+        self.memory = self._allocate()
+        self.map: Bytes = np.frombuffer(self.memory, dtype=np.uint8)
+        self.pages: Bytes = self.map.reshape(self.shape.layers, self.shape.blocks, self.shape.page)
 
     def _allocate(self) -> mmap.mmap:
         if self.way == "process_vm":
@@ -175,12 +186,16 @@ class FakeEngine:
         fcntl.fcntl(self.memfd, F_ADD_SEALS, SEALS)
         return mmap.mmap(self.memfd, self.shape.total, flags=mmap.MAP_SHARED)
 
-    def _register(self) -> None:
+    def _place(self) -> dict[str, Any]:
+        """Where the memory is, for the registration."""
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) if self.memfd < 0 else 0
+        return {"memfd": self.memfd, "base": base}
+
+    def register(self) -> None:
         shape = self.shape
         names = [f"layers.{index}" for index in range(shape.layers)]
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) if self.memfd < 0 else 0
         self.worker.register(
-            layout="LBHNC",
+            layout=shape.order,
             num_blocks=shape.blocks,
             block_tokens=shape.states,
             dtype=shape.dtype,
@@ -189,11 +204,10 @@ class FakeEngine:
             states=shape.states,
             content_bytes=shape.content,
             page_bytes=shape.page,
-            tensors=[(shape.total, 0, shape.blocks * shape.page, shape.page, names)],
+            tensors=[(shape.total, 0, *shape.strides, names)],
             memory_bytes=shape.total,
-            memfd=self.memfd,
-            base=base,
             canary_seed=self.seed,
+            **self._place(),
         )
 
     # ---- memory ----------------------------------------------------------
@@ -203,6 +217,13 @@ class FakeEngine:
 
     def read(self, block: int) -> bytes:
         return self.pages[:, block, :].tobytes()
+
+    def fill(self, block: int, value: int) -> None:
+        self.pages[:, block, :] = value
+
+    def filled(self, block: int, value: int) -> bool:
+        """Whether nothing was written since."""
+        return bool((self.pages[:, block, :] == value).all())
 
     def expected(self, block_hash: bytes) -> bytes:
         return contents(block_hash, f"{self.model}/{self.shape.dtype}", self.record_bytes)
@@ -272,9 +293,15 @@ class FakeEngine:
         joined, blocks = b"".join(hashes), job.blocks
         self.timed(
             "submit_save",
-            lambda: self.worker.submit_save(job.id, space, parent, joined, blocks, deadline_ms),
+            lambda: self.worker.submit_save(
+                job.id, space, parent, joined, blocks, deadline_ms, **self._after()
+            ),
         )
         return self._submitted(job)
+
+    def _after(self) -> dict[str, Any]:
+        """What a job's copies have to wait for."""
+        return {}
 
     def _submitted(self, job: Job) -> Job:
         job.submitted = time.monotonic()
@@ -311,12 +338,14 @@ class FakeEngine:
         job = self._job("load", hashes, deadline_ms)
         job.ticket = ticket
         for block in job.blocks:
-            self.write(block, bytes(self.record_bytes))
+            self.fill(block, 0)
         space = self.scheduler.namespace_id() or bytes(16)
         joined, blocks = b"".join(hashes), job.blocks
         self.timed(
             "submit_load",
-            lambda: self.worker.submit_load(job.id, lease, first, space, joined, blocks, deadline_ms),
+            lambda: self.worker.submit_load(
+                job.id, lease, first, space, joined, blocks, deadline_ms, **self._after()
+            ),
         )
         return self._submitted(job)
 
@@ -359,7 +388,7 @@ class FakeEngine:
         self.patterns += 1
         pattern = self.patterns % 251 + 1
         for block in job.blocks:
-            self.pages[:, block, :] = pattern
+            self.fill(block, pattern)
         if job.kind == "save" or job.outcome == DONE:
             self.free.extend(job.blocks)
             return
@@ -369,8 +398,7 @@ class FakeEngine:
 
     def _look_at(self, watched: Watched) -> Watched:
         for block in watched.job.blocks:
-            untouched = bool((self.pages[:, block, :] == watched.pattern).all())
-            assert untouched, (
+            assert self.filled(block, watched.pattern), (
                 f"{self.name}: I3: block {block} was written after its job quiesced: {watched.job}"
             )
         return watched
@@ -421,6 +449,9 @@ class FakeEngine:
     def close(self) -> None:
         self.scheduler.close()
         self.worker.close()
+        self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
         del self.pages, self.map
         if self.memfd >= 0:
             os.close(self.memfd)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,20 @@ def ended(pid: int) -> bool:
 class Sidecar:
     """`pillion serve` with its own folders. Flags as keywords: host_pool="8MiB" is --host-pool=8MiB."""
 
-    def __init__(self, *, config: str = "", **flags: object) -> None:
+    def __init__(
+        self, *, device: str = "cpu0", wrapper: Sequence[str] = (), config: str = "", **flags: Any
+    ) -> None:
+        self.device = device
+        # What `pillion serve` is started by, if not by us: a debugger, a sanitizer.
+        self.wrapper = wrapper
         # Short: a socket's path has at most 107 bytes.
         self.place = Path(tempfile.mkdtemp(prefix="pch-", dir="/tmp"))
         self.runtime = self.place / "r"
         self.state = self.place / "s"
-        self.socket = self.runtime / "cpu0.sock"
+        self.socket = self.runtime / f"{device}.sock"
         self.log = self.place / "log"
         # Mute after four heartbeats: on a machine with more work than cores one second comes too soon.
-        self.flags = {"host_pool": "64MiB", "http": "off", "heartbeat_ms": 1000, **flags}
+        self.flags = {"device": device, "host_pool": "64MiB", "http": "off", "heartbeat_ms": 1000, **flags}
         self.config = self.place / "pillion.toml"
         self.config.write_text(config)
         # Other users must get through to the runtime folder, whose own mode the sidecar decides.
@@ -73,19 +78,25 @@ class Sidecar:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("PILLION_")}
-        return {**kept, "PILLION_RUNTIME_DIR": str(self.runtime), "PILLION_STATE_DIR": str(self.state)}
+        ours = ("PILLION_FAKE_CUDA",)
+        kept = {k: v for k, v in os.environ.items() if k in ours or not k.startswith("PILLION_")}
+        return {
+            **kept,
+            "PILLION_DEVICE": self.device,
+            "PILLION_RUNTIME_DIR": str(self.runtime),
+            "PILLION_STATE_DIR": str(self.state),
+        }
 
     def arguments(self, *words: str) -> list[str]:
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in self.flags.items()]
-        return [daemon(), *words, f"--config={self.config}", *flags]
+        return [*self.wrapper, daemon(), *words, f"--config={self.config}", *flags]
 
     def command(self, *words: str, seconds: float = 20) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [daemon(), *words], env=self.environment, capture_output=True, text=True, timeout=seconds
         )
 
-    def start(self) -> Sidecar:
+    def start(self, seconds: float = READY_SECONDS) -> Sidecar:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.arguments("serve"),
@@ -94,8 +105,13 @@ class Sidecar:
                 stdout=log,
                 stderr=log,
             )
-        self.await_ready()
+        until(self.try_status_or_ended, lambda: f"a sidecar that answers\n{self.explain()}", seconds)
+        assert self.process.poll() is None, f"it ended with {self.process.returncode}\n{self.explain()}"
         return self
+
+    def try_status_or_ended(self) -> bool:
+        assert self.process
+        return self.process.poll() is not None or self.try_status() is not None
 
     def await_ready(self, seconds: float = READY_SECONDS) -> dict[str, Any]:
         status: dict[str, Any] = until(
@@ -129,7 +145,7 @@ class Sidecar:
     def explain(self) -> str:
         """For failures: what it says of itself, and the end of its log."""
         lines: list[str] = []
-        for log in (self.log, self.state / "cpu0.log"):
+        for log in (self.log, self.state / f"{self.device}.log"):
             if log.exists():
                 lines += [f"-- {log.name}", *log.read_text(errors="replace").splitlines()[-40:]]
         try:
@@ -151,11 +167,15 @@ class Sidecar:
 
     @property
     def worker_pid(self) -> int:
-        return self.pid_of("cpu0.pid")
+        return self.pid_of(f"{self.device}.pid")
 
     @property
     def supervisor_pid(self) -> int:
-        return self.process.pid if self.process else self.pid_of("cpu0.supervisor.pid")
+        return (
+            self.process.pid
+            if self.process and not self.wrapper
+            else self.pid_of(f"{self.device}.supervisor.pid")
+        )
 
     def kill_worker(self) -> int:
         """SIGKILL. Says which process that was."""
@@ -187,7 +207,7 @@ class Sidecar:
     def close(self) -> None:
         """Kills what is left, and clears the place."""
         pids = []
-        for name in ("cpu0.supervisor.pid", "cpu0.pid"):
+        for name in (f"{self.device}.supervisor.pid", f"{self.device}.pid"):
             try:
                 pids.append(int((self.runtime / name).read_text()))
             except (OSError, ValueError):

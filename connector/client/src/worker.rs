@@ -124,6 +124,8 @@ struct Orphans {
 struct State {
     registration: Option<Registration>,
     registered_at: Option<Instant>,
+    /// Whether the registration that was sent last said that block 0 holds the canary.
+    presented_fresh: bool,
     submitted: bool,
     request: u64,
     ready: bool,
@@ -134,6 +136,9 @@ struct State {
     events: VecDeque<JobEvent>,
     next_deadline: Option<Instant>,
     cuda_events: Events,
+    /// Device memory was presented to this connection's sidecar, which has not said that it let go: it may have it
+    /// mapped, jobs or none.
+    mapped: bool,
     /// The request to let go of the memory that the sidecar answered last.
     let_go: u64,
 }
@@ -205,8 +210,12 @@ impl WorkerClient {
             state.cuda_events.grow(events)?;
         }
         state.registration = Some(registration);
-        // Until a sidecar has taken it.
+        // Until a sidecar has taken it. What one said of other memory is over.
         state.ready = false;
+        if state.tables.is_some() {
+            self.shared.health.say("connecting: attached, waiting for what comes after");
+        }
+        state.submitted = false;
         state.registered_at = Some(Instant::now());
         if state.tables.is_some()
             && let Err(text) = self.shared.present(&mut state, &self.link.outbox)
@@ -519,10 +528,13 @@ impl Shared {
         state.request += 1;
         let request = state.request;
         let fresh = !state.submitted && state.registered_at.is_some_and(|at| at.elapsed() < CANARY_FRESH);
+        state.presented_fresh = fresh;
         let Some(registration) = &state.registration else { return Ok(()) };
+        let mapped = matches!(registration.memory, Memory::Device(_));
         let fds = registration.fds().map_err(|error| error.to_string())?;
         let events = state.cuda_events.handles();
         let message = Message::Register(registration.message(request, &self.namespace, fresh, events));
+        state.mapped |= mapped;
         outbox.send_with_fds(&message, &fds).map_err(|_| "the registration could not be sent".to_owned())
     }
 
@@ -576,7 +588,7 @@ impl Half for Shared {
         self.present(&mut state, outbox)
     }
 
-    fn message(&self, message: Message, _outbox: &Outbox) {
+    fn message(&self, message: Message, outbox: &Outbox) {
         let mut state = self.state();
         match message {
             Message::Registered(registered) if registered.request == state.request => {
@@ -585,8 +597,25 @@ impl Half for Shared {
             }
             Message::Unregistered(answer) => {
                 state.let_go = state.let_go.max(answer.request);
+                // Nothing was presented since it was asked.
+                state.mapped &= answer.request != state.request;
                 self.news.notify_all();
             }
+            // The engine used block 0 before the sidecar had looked there: our own look must do, as for a sidecar
+            // that comes later.
+            Message::Refused(refused)
+                if refused.reason == wire::Reason::Canary
+                    && refused.request == state.request
+                    && state.presented_fresh
+                    && state.registered_at.is_none() =>
+            {
+                if let Err(text) = self.present(&mut state, outbox) {
+                    drop(state);
+                    self.health.say(text);
+                }
+            }
+            // Of memory that is no longer presented.
+            Message::Refused(refused) if refused.request != 0 && refused.request != state.request => {}
             Message::Refused(refused) => {
                 state.ready &= refused.request != state.request;
                 drop(state);
@@ -626,9 +655,8 @@ impl Half for Shared {
                 }
             }
         }
-        // Device memory stays open over there as long as the process lives, jobs or none.
-        let maps = matches!(&state.registration, Some(Registration { memory: Memory::Device(_), .. }));
-        if !orphans.is_empty() || (maps && !gone) {
+        let mapped = std::mem::take(&mut state.mapped);
+        if !orphans.is_empty() || (mapped && !gone) {
             state.orphans.push(Orphans { process, jobs: orphans, cuda_events });
         }
         state.tables = None;

@@ -58,7 +58,6 @@ const SYMBOLS: &[&str] = &[
     "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
-    "cuStreamWaitEvent",
 ];
 
 /// Loads the driver and initialises it; later calls give the first answer again.

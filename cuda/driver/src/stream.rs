@@ -38,15 +38,6 @@ impl Stream {
         Ok(Self(stream))
     }
 
-    /// What comes after waits on the device, not here, until the event's latest record is reached.
-    ///
-    /// # Errors
-    /// What the driver says.
-    pub fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
-        // Both are alive; flags must be 0.
-        cuda!(cuStreamWaitEvent(self.0, event.raw(), 0))
-    }
-
     /// Records one of our events behind everything so far.
     ///
     /// # Errors

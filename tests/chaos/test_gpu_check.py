@@ -1,0 +1,152 @@
+"""The check of a GPU machine, as it is shipped, on the fake device: each of its scenarios is a case here.
+
+It runs once, from its bundle. Alone: `scripts/gpu-check --fake --only NAME`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu_check import rows
+from gpu_check.budgets import BENCHES
+from gpu_check.scenarios import SCENARIOS
+
+ROOT = Path(__file__).parents[2]
+NO_GPU = 3
+NEEDS_TORCH = {name for name in SCENARIOS if "torch" in name} | {"graph-replays-meanwhile", "P4"}
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The fake device, built if there is none."""
+    if named := os.environ.get("PILLION_FAKE_CUDA_LIBRARY"):
+        return Path(named)
+    places = [ROOT / "target" / kind / "libpillion_fake_cuda.so" for kind in ("debug", "release")]
+    if not any(place.exists() for place in places):
+        build = ["cargo", "build", "--locked", "-p", "pillion-fake-cuda"]
+        subprocess.run(build, cwd=ROOT, check=True, timeout=500)
+    return max((place for place in places if place.exists()), key=lambda place: place.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In a folder that nobody may write."""
+    folder = tmp_path_factory.mktemp("bundle")
+    made = folder / "pillion-gpu-check.run"
+    wheels = sorted((ROOT / "target" / "wheels").glob("*.whl"), key=lambda wheel: wheel.stat().st_mtime)
+    environment = {**os.environ, **({"PILLION_GPU_CHECK_WHEEL": str(wheels[-1])} if wheels else {})}
+    command = [str(ROOT / "scripts" / "gpu-check"), "--bundle", str(made)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert made.stat().st_size < 64 << 20
+    assert made.stat().st_mode & stat.S_IXUSR
+    folder.chmod(0o555)
+    return made
+
+
+def start(bundle: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As on another machine: without anything of ours but the bundle."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PILLION_") and name not in ("PYTHONPATH", "LD_LIBRARY_PATH")
+    }
+    return subprocess.run(
+        ["sh", str(bundle), *words],
+        env={**kept, "PYTHON": sys.executable, "PATH": os.defpath, **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_without_a_gpu_it_says_so(bundle: Path, tmp_path: Path) -> None:
+    done = start(bundle, CUDA_VISIBLE_DEVICES="", TMPDIR=str(tmp_path))
+    assert done.returncode == NO_GPU, done.stderr
+    assert done.stdout.startswith("no GPU: ")
+    assert not list(tmp_path.iterdir()), "it leaves nothing behind"
+
+
+def test_a_stray_fake_device_is_no_gpu(bundle: Path, library: Path, tmp_path: Path) -> None:
+    for name in ("libcuda.so", "libcuda.so.1"):
+        (tmp_path / name).symlink_to(library)
+    done = start(bundle, LD_LIBRARY_PATH=str(tmp_path))
+    assert done.returncode == NO_GPU
+    assert "CUDA_ERROR_NO_DEVICE" in done.stdout
+
+
+def test_what_there_was_no_time_for_is_reported(bundle: Path, library: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    words = ("--fake", "--seconds", "0", "--json", str(report), "--only", "round-trip-ipc", "P8")
+    done = start(bundle, *words, PILLION_FAKE_CUDA_LIBRARY=str(library))
+    assert done.returncode == 1
+    found = {each["name"]: each["result"] for each in json.loads(report.read_text())["scenarios"]}
+    assert found == dict.fromkeys(("round-trip-ipc-BLHNC", "round-trip-ipc-LBNHC", "P8"), "not run")
+
+
+@pytest.fixture(scope="module")
+def report(bundle: Path, library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All of it."""
+    place = tmp_path_factory.mktemp("report")
+    file = place / "report.json"
+    done = start(
+        bundle,
+        "--fake",
+        "--quick",
+        "--json",
+        str(file),
+        PILLION_FAKE_CUDA_LIBRARY=str(library),
+        TMPDIR=str(place),
+    )
+    assert file.exists(), f"no report: {done.stdout}\n{done.stderr}"
+    found: dict[str, Any] = json.loads(file.read_text())
+    found["code"], found["said"] = done.returncode, done.stdout + done.stderr
+    assert [each.name for each in place.iterdir()] == ["report.json"], "it leaves nothing behind"
+    return found
+
+
+@pytest.mark.parametrize("name", [*SCENARIOS, *BENCHES])
+def test_on_the_fake_device(report: dict[str, Any], name: str) -> None:
+    (found,) = (each for each in report["scenarios"] if each["name"] == name)
+    if name in NEEDS_TORCH:
+        assert (found["result"], found["detail"]) == ("skipped", "needs torch")
+    elif name == "compute-sanitizer":
+        assert found["result"] == "skipped"
+    else:
+        assert found["result"] == "passed", found["detail"]
+
+
+def test_the_report_has_every_row_and_no_judgement(report: dict[str, Any]) -> None:
+    assert report["code"] == 0, report["said"]
+    assert report["fake"] is True
+    assert {"gpu", "cuda", "cpu", "cores", "memory_gib", "kernel"} <= set(report["machine"])
+    assert report["commit"] is None or len(report["commit"]) >= 40
+    metrics = [row["metric"] for row in report["rows"]]
+    assert {name: metrics.count(name) for name in set(metrics)} == {"limit": 9, "P1": 4, "P3": 1, "P8": 6}
+    for row in report["rows"]:
+        assert list(row) == "metric case ours peer theirs unit ratio budget met runs spread".split()
+        assert row["met"] is None, "a fake device proves nothing"
+        assert row["ours"] is not None and row["runs"] > 0
+
+
+def test_rows_judge_by_the_ratio() -> None:
+    rate = rows.rate("P1", "save", [48.0, 50.0, 52.0], peer="memcpy", theirs=[50.0, 50.0, 50.0], budget=0.95)
+    assert (rate["ours"], rate["theirs"], rate["ratio"], rate["met"]) == (50.0, 50.0, 1.0, True)
+    assert rate["spread"] == [0.96, 1.04] and rate["runs"] == 3
+    slow = rows.rate("P1", "save", [40.0], peer="memcpy", theirs=[50.0], budget=0.95)
+    assert (slow["ratio"], slow["met"]) == (0.8, False)
+    alone = rows.rate("limit", "memcpy", [50.0, 55.0])
+    assert (alone["theirs"], alone["ratio"], alone["met"]) == (None, None, None)
+    time = rows.duration("P4", "step", 5.1, theirs=5.0, budget=0.98, unit="ms", runs=10)
+    assert (time["ratio"], time["met"]) == (0.9804, True)
+    assert rows.as_fake(slow)["met"] is None
+    assert "MISSED" in rows.table([slow])[1]

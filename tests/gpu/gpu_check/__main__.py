@@ -1,0 +1,242 @@
+"""The command. Ends with 0: all is well; 1: something failed, was missed or was not run; 3: there is no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+NO_GPU = 3
+SCENARIO_SECONDS = 75
+MEASUREMENT_SECONDS = 150
+"""At most, so that one that hangs leaves time for the others."""
+
+
+class TimeUp(BaseException):
+    """The time for one thing, or for everything, has run out."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="gpu-check", description="Checks and measures Pillion on this machine's GPU."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write scenarios and rows there")
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="only those whose names begin so; a wrong name lists them all",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="after this nothing new begins [default: %(default)s]"
+    )
+    parser.add_argument("--fake", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def fake_device(place: Path) -> Path:
+    """Puts the fake driver in the place of the real one, for us and all that we start. Returns its switches."""
+    named = os.environ.get("PILLION_FAKE_CUDA_LIBRARY")
+    root = Path(__file__).parents[3]
+    built = [root / "target" / kind / "libpillion_fake_cuda.so" for kind in ("debug", "release")]
+    newest = sorted((path for path in built if path.exists()), key=lambda path: path.stat().st_mtime)
+    library = Path(named) if named else newest[-1] if newest else None
+    if not library or not library.exists():
+        sys.exit(
+            "expected the fake device: run `cargo build -p pillion-fake-cuda`, or set PILLION_FAKE_CUDA_LIBRARY"
+        )
+    libraries, switches = place / "lib", place / "fake"
+    libraries.mkdir()
+    switches.mkdir()
+    for name in ("libcuda.so", "libcuda.so.1"):
+        (libraries / name).symlink_to(library.resolve())
+    path = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    os.environ.update(LD_LIBRARY_PATH=os.pathsep.join(path), PILLION_FAKE_CUDA=str(switches))
+    return switches
+
+
+def find_gpu() -> dict[str, Any]:
+    """Looked for by a process of its own: a driver may end it."""
+    command = [sys.executable, str(Path(__file__).with_name("cuda.py"))]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+    except subprocess.TimeoutExpired:
+        return {"reason": "the driver did not answer for a minute"}
+    except ValueError:
+        return {
+            "reason": f"the driver ended the process that asked ({done.returncode}): {done.stderr.strip()[-300:]}"
+        }
+
+
+def has_torch(fake: bool) -> bool:
+    """Whether torch is there and can use this GPU. It knows no fake one."""
+    if fake or not importlib.util.find_spec("torch"):
+        return False
+    code = "import torch; torch.zeros(1, device='cuda').item()"
+    try:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+class Check:
+    def __init__(
+        self, options: argparse.Namespace, gpu: dict[str, Any], place: Path, fake: Path | None
+    ) -> None:
+        from gpu_check.rows import machine
+        from gpu_check.world import FAKE, FULL, QUICK
+
+        self.machine = machine(gpu)
+        self.options, self.gpu, self.place, self.fake = options, gpu, place, fake
+        self.sizes = FAKE if fake else QUICK if options.quick else FULL
+        self.begun = time.monotonic()
+        self.torch = has_torch(bool(fake))
+        self.scenarios: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+
+    def wanted(self) -> dict[str, Callable[..., Any]]:
+        from gpu_check.budgets import BENCHES
+        from gpu_check.scenarios import SCENARIOS
+
+        everything: dict[str, Callable[..., Any]] = {**SCENARIOS, **BENCHES}
+        only = tuple(self.options.only)
+        if not only:
+            return everything
+        found = {name: each for name, each in everything.items() if name.startswith(only)}
+        if not found:
+            sys.exit(f"expected names out of {', '.join(everything)}; got {', '.join(only)}")
+        return found
+
+    def left(self) -> float:
+        return float(self.options.seconds) - (time.monotonic() - self.begun)
+
+    def run(self) -> bool:
+        from gpu_check.budgets import BENCHES
+
+        for name, function in self.wanted().items():
+            if self.left() <= 0:
+                self.report(name, "not run", 0, "no time was left")
+                continue
+            begun = time.monotonic()
+            result, detail, rows = self.one(name, function, name in BENCHES)
+            self.rows += rows
+            self.report(name, result, time.monotonic() - begun, detail)
+        return all(each["result"] in ("passed", "skipped") for each in self.scenarios)
+
+    def one(self, name: str, function: Callable[..., Any], measures: bool) -> tuple[str, str, list[Any]]:
+        """(result, detail, rows)"""
+        from gpu_check.rows import as_fake
+        from gpu_check.world import Skipped, World
+
+        place = self.place / name
+        place.mkdir()
+        world = World(self.gpu, self.sizes, place, self.fake, self.torch)
+        most = MEASUREMENT_SECONDS if measures else SCENARIO_SECONDS
+        whole = self.left() < most
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, min(self.left(), most)))
+        try:
+            found = function(world)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            if not measures:
+                return "passed", found, []
+            rows = [as_fake(row) for row in found] if self.fake else found
+            missed = [row["case"] for row in rows if row["met"] is False]
+            if missed:
+                return "missed", f"budgets missed: {'; '.join(missed)}", rows
+            return "passed", f"{len(rows)} rows", rows
+        except Skipped as why:
+            return "skipped", str(why), []
+        except TimeUp:
+            if whole:
+                return "not run", "the time ran out in its middle", []
+            return "failed", f"not at its end after {most} s\n{world.explain()}", []
+        except Exception as error:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            trace = traceback.format_exc() if not isinstance(error, AssertionError) else str(error)
+            return "failed", f"{trace}\n{world.explain()}", []
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            world.close()
+
+    def report(self, name: str, result: str, seconds: float, detail: str) -> None:
+        self.scenarios.append(
+            {"name": name, "result": result, "seconds": round(seconds, 2), "detail": detail}
+        )
+        print(f"{name:30} {result:8} {seconds:6.1f} s  {detail}", flush=True)
+        # After each: what was found stays, whatever comes.
+        self.write()
+
+    def write(self) -> None:
+        if not self.options.json:
+            return
+        report = {
+            "machine": self.machine,
+            "commit": os.environ.get("PILLION_GPU_CHECK_COMMIT") or None,
+            "fake": bool(self.fake),
+            "quick": bool(self.options.quick),
+            "seconds": round(time.monotonic() - self.begun, 1),
+            "rows": self.rows,
+            "scenarios": self.scenarios,
+        }
+        self.options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    def summary(self) -> None:
+        from gpu_check.rows import table
+
+        if self.rows:
+            print("\n" + "\n".join(table(self.rows)))
+        counts: dict[str, int] = {}
+        for each in self.scenarios:
+            counts[each["result"]] = counts.get(each["result"], 0) + 1
+        kind = " (fake device: no measurement)" if self.fake else ""
+        text = ", ".join(f"{count} {result}" for result, count in sorted(counts.items()))
+        print(f"\n{text}; {time.monotonic() - self.begun:.0f} s on {self.gpu['name']}{kind}")
+
+
+def time_up(_number: int, _frame: FrameType | None) -> None:
+    raise TimeUp
+
+
+def main() -> int:
+    options = arguments()
+    # Short: sockets lie in folders beside it, and their names have at most 107 bytes.
+    place = Path(tempfile.mkdtemp(prefix="pgc-", dir="/tmp"))
+    try:
+        fake = fake_device(place) if options.fake else None
+        gpu = find_gpu()
+        if "reason" in gpu:
+            print(f"no GPU: {gpu['reason']}")
+            return NO_GPU
+        check = Check(options, gpu, place, fake)
+        signal.signal(signal.SIGALRM, time_up)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        print(
+            f"{gpu['name']} ({gpu['uuid']}), CUDA {gpu['cuda']}, torch: {'yes' if check.torch else 'no'}",
+            flush=True,
+        )
+        well = check.run()
+        check.summary()
+        check.write()
+        return 0 if well else 1
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
