@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,12 @@ def arguments() -> argparse.Namespace:
         prog="gpu-check", description="Checks and measures Pillion on this machine's GPU."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write scenarios and rows there")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="without --json: the folder of a file named after the GPU",
+    )
     parser.add_argument("--quick", action="store_true", help="less of everything")
     parser.add_argument(
         "--only",
@@ -183,7 +190,11 @@ class Check:
         self.write()
 
     def write(self) -> None:
-        if not self.options.json:
+        file = self.options.json
+        if not file and self.options.results and not self.fake:
+            self.options.results.mkdir(parents=True, exist_ok=True)
+            file = self.options.results / f"gpu-{re.sub(r'[^a-z0-9]+', '-', self.gpu['name'].lower())}.json"
+        if not file:
             return
         report = {
             "machine": self.machine,
@@ -194,7 +205,7 @@ class Check:
             "rows": self.rows,
             "scenarios": self.scenarios,
         }
-        self.options.json.write_text(json.dumps(report, indent=1) + "\n")
+        file.write_text(json.dumps(report, indent=1) + "\n")
 
     def summary(self) -> None:
         from gpu_check.rows import table
