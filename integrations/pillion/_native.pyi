@@ -53,7 +53,7 @@ class SchedulerClient:
     def close(self) -> None: ...
 
 class WorkerClient:
-    """A worker's half: registration, jobs, completions. One background thread; methods return at once."""
+    """A worker's half: registration, jobs, completions. One background thread; only `unregister` waits."""
 
     def __init__(
         self,
@@ -105,8 +105,8 @@ class WorkerClient:
     # The sidecar has compared the canary once.
     def canary_checked(self) -> bool: ...
     # first: index in the lease of the first block; one block id per hash.
-    # stream (of device memory): an event is recorded on this CUstream, and the sidecar's copy waits for it on the
-    # device. No event left: the job is not taken.
+    # stream (of device memory): an event is recorded on this CUstream, and the sidecar waits for it before
+    # it copies. No event left: the job is not taken.
     def submit_load(
         self,
         job: bytes,

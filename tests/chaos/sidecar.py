@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 READY_SECONDS = 20.0
 """For a debug build on a busy machine."""
@@ -75,6 +76,14 @@ class Sidecar:
         # Other users must get through to the runtime folder, whose own mode the sidecar decides.
         self.place.chmod(0o711)
         self.process: subprocess.Popen[bytes] | None = None
+
+    def sibling(self, device: str) -> Self:
+        """Another device's, in the same folders; whoever starts it."""
+        other = copy.copy(self)
+        other.device, other.process = device, None
+        other.socket = self.runtime / f"{device}.sock"
+        other.flags = {**self.flags, "device": device}
+        return other
 
     @property
     def environment(self) -> dict[str, str]:

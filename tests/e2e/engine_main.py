@@ -225,8 +225,12 @@ class Session:
         return dict(found)
 
     async def do_counters(self, _number: int) -> dict[str, Any]:
-        (counters,) = await self.engine.collective_rpc(counters_of)
-        return dict(counters)
+        first, *others = await self.engine.collective_rpc(counters_of)
+        for other in others:
+            for name, value in other.items():
+                # Sums over the ranks; ready if all are.
+                first[name] = first[name] and value if isinstance(value, bool) else first[name] + value
+        return dict(first)
 
     async def do_hashes(self, _number: int, tokens: list[int], block_tokens: int) -> list[str]:
         return block_hashes(tokens, block_tokens)

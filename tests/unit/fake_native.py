@@ -7,6 +7,7 @@ blocks through `memory` (block id -> contents), when a job is carried out and no
 
 from __future__ import annotations
 
+import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,6 +161,28 @@ class FakeNative:
                 self.store[key] = content
                 stored += 1
         return stored
+
+
+class FakeRanks:
+    """The module, with a sidecar for each rank."""
+
+    def __init__(self, world: int) -> None:
+        self.ranks = [FakeNative() for _ in range(world)]
+
+    def _of(self, options: dict[str, Any]) -> FakeNative:
+        found = re.search(r"cpu(\d+)", options["socket"])
+        assert found, options
+        assert options["namespace"]["shard"] == f"{int(found[1]) + 1}/{len(self.ranks)}"
+        return self.ranks[int(found[1])]
+
+    def SchedulerClient(self, **options: Any) -> FakeScheduler:
+        return self._of(options).SchedulerClient(**options)
+
+    def WorkerClient(self, **options: Any) -> FakeWorker:
+        return self._of(options).WorkerClient(**options)
+
+    def default_socket(self, device: str) -> str:
+        return f"/nonexistent/{device}.sock"
 
 
 class FakeScheduler:

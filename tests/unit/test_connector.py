@@ -89,7 +89,12 @@ def test_the_allocation_goes_into_a_memfd(make: Any, native: FakeNative) -> None
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda c, kv: setattr(c.parallel_config, "tensor_parallel_size", 2), "tensor_parallel_size is 2"),
+        (
+            lambda c, kv: vars(c.parallel_config).update(
+                tensor_parallel_size=2, distributed_executor_backend="ray"
+            ),
+            "tensor parallelism by the executor ray",
+        ),
         (
             lambda c, kv: setattr(c.parallel_config, "pipeline_parallel_size", 2),
             "pipeline_parallel_size is 2",

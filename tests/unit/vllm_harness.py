@@ -17,7 +17,14 @@ from typing import Any
 
 import torch
 import vllm
-from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    KVTransferConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.sampling_params import SamplingParams
@@ -31,7 +38,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pillion.vllm import native as source
-from unit.fake_native import FakeNative
+from pillion.vllm import support
+from unit.fake_native import FakeNative, FakeRanks
 
 BLOCK = 16
 LAYERS = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
@@ -53,11 +61,13 @@ MODEL = {
 
 
 def make_config(
-    model_dir: Path, *, max_batched: int = 256, max_len: int = 1024, **transfer: Any
+    model_dir: Path, *, max_batched: int = 256, max_len: int = 1024, world: int = 1, **transfer: Any
 ) -> VllmConfig:
     """A VllmConfig for a tiny Llama; `transfer` goes into the KVTransferConfig."""
     model_dir.mkdir(parents=True, exist_ok=True)
-    (model_dir / "config.json").write_text(json.dumps(MODEL))
+    heads = max(2, world)
+    model = {**MODEL, "num_attention_heads": heads, "num_key_value_heads": heads}
+    (model_dir / "config.json").write_text(json.dumps(model))
     extra = {"model_id": "tiny", "launch": False, **transfer.pop("extra", {})}
     options = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute", **transfer}
     return VllmConfig(
@@ -65,6 +75,9 @@ def make_config(
             model=str(model_dir), skip_tokenizer_init=True, dtype="float32", max_model_len=max_len, seed=0
         ),
         cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
+        parallel_config=ParallelConfig(
+            tensor_parallel_size=world, distributed_executor_backend="mp" if world > 1 else None
+        ),
         scheduler_config=SchedulerConfig(
             max_num_seqs=32,
             max_num_batched_tokens=max_batched,
@@ -137,7 +150,7 @@ class Engine:
 
     def __init__(
         self,
-        native: FakeNative,
+        native: FakeNative | FakeRanks,
         model_dir: Path,
         *,
         num_blocks: int = 200,
@@ -146,10 +159,13 @@ class Engine:
         **transfer: Any,
     ) -> None:
         setattr(source, "native", lambda: native)  # noqa: B010
-        self.native = native
-        native.memory.clear()  # a fresh engine's KV cache
-        self.memory = native.memory
-        self.config = make_config(model_dir, max_batched=max_batched, **transfer)
+        self.natives = native.ranks if isinstance(native, FakeRanks) else [native]
+        self.native = self.natives[0]
+        for one in self.natives:
+            one.memory.clear()  # a fresh engine's KV cache
+        self.memory = self.native.memory
+        world = len(self.natives)
+        self.config = make_config(model_dir, max_batched=max_batched, world=world, **transfer)
         self.config.cache_config.num_gpu_blocks = num_blocks
         self.overlap = overlap
         if overlap:
@@ -164,8 +180,13 @@ class Engine:
         self.hasher = get_request_block_hasher(BLOCK, hash_fn)
         from pillion.vllm import PillionConnector
 
-        self.worker = PillionConnector(self.config, KVConnectorRole.WORKER, kv_config)
-        self.worker.register_kv_caches(make_tensors(kv_config))
+        self.workers = []
+        for rank in range(world):
+            setattr(support, "tensor_parallel_rank", lambda _world, rank=rank: rank)  # noqa: B010
+            worker = PillionConnector(self.config, KVConnectorRole.WORKER, kv_config)
+            worker.register_kv_caches(make_tensors(kv_config))
+            self.workers.append(worker)
+        self.worker = self.workers[0]
         self.scheduler = (AsyncScheduler if overlap else Scheduler)(
             vllm_config=self.config,
             kv_cache_config=make_kv_config(num_blocks),
@@ -176,7 +197,7 @@ class Engine:
         self.connector = self.scheduler.connector
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.pool.get_num_free_blocks()
-        self.aggregator = KVOutputAggregator(1)
+        self.aggregator = KVOutputAggregator(world)
         self.in_flight: deque[Any] = deque()
         self.sims: dict[str, SimRequest] = {}
         self.outputs: dict[str, list[int]] = {}
@@ -234,7 +255,8 @@ class Engine:
     def process(self) -> None:
         """Executes the oldest scheduled step and gives its output to the scheduler."""
         output = self.in_flight.popleft()
-        result = self.aggregator.aggregate([self.execute(output)])
+        self._update_tables(output)
+        result = self.aggregator.aggregate([self.execute(output, rank) for rank in range(len(self.workers))])
         for outputs in self.scheduler.update_from_output(output, result).values():
             for one in outputs.outputs:
                 self.outputs[one.request_id].extend(one.new_token_ids)
@@ -248,14 +270,14 @@ class Engine:
 
     # ---- the simulated worker
 
-    def execute(self, output: Any) -> ModelRunnerOutput:
-        self._update_tables(output)
-        meta = output.kv_connector_metadata
-        self.loads += [(plan.req_id, plan.blocks) for plan in meta.loads]
-        worker = self.worker
+    def execute(self, output: Any, rank: int) -> ModelRunnerOutput:
+        meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
+        if rank == 0:
+            self.loads += [(plan.req_id, plan.blocks) for plan in meta.loads]
+        worker = self.workers[rank]
         worker.handle_preemptions(meta)
         worker.bind_connector_metadata(meta)
-        req_ids, sampled = self._forward(output)
+        req_ids, sampled = self._forward(output, rank)
         worker.start_load_kv(None)
         if output.total_num_scheduled_tokens or not vllm.__version__.startswith("0.30"):
             worker.wait_for_save()  # 0.30 leaves it out where there is no forward
@@ -301,23 +323,29 @@ class Engine:
             if blocks is not None:
                 sim.blocks.extend(blocks[0])
 
-    def _forward(self, output: Any) -> tuple[list[str], list[list[int]]]:
+    def _forward(self, output: Any, rank: int) -> tuple[list[str], list[list[int]]]:
+        """Each rank has its own part of the KV: what another rank computed is wrong here."""
+        memory, last = self.natives[rank].memory, rank == len(self.natives) - 1
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         starts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         sampled: list[list[int]] = []
         for req_id, count in output.num_scheduled_tokens.items():
             sim, start = self.sims[req_id], starts[req_id]
-            self.computed[req_id] = self.computed.get(req_id, 0) + count
+            if rank == 0:
+                self.computed[req_id] = self.computed.get(req_id, 0) + count
             for position in range(start):
-                found = self.memory[sim.blocks[position // BLOCK]][position % BLOCK]
-                assert found == sim.value(position), f"{req_id}: wrong KV at position {position} of {start}"
+                found = memory[sim.blocks[position // BLOCK]][position % BLOCK]
+                assert found == sim.value(position) + rank, (
+                    f"{req_id}, rank {rank}: wrong KV at position {position} of {start}"
+                )
             for position in range(start, start + count):
-                block = self.memory.setdefault(sim.blocks[position // BLOCK], [None] * BLOCK)
-                block[position % BLOCK] = sim.value(position)
+                block = memory.setdefault(sim.blocks[position // BLOCK], [None] * BLOCK)
+                block[position % BLOCK] = sim.value(position) + rank
             if start + count == len(sim.tokens):
                 token = next_token(sim.value(start + count - 1))
-                sim.tokens.append(token)
+                if last:
+                    sim.tokens.append(token)
                 sampled.append([token])
             else:
                 sampled.append([])
@@ -331,7 +359,9 @@ class Engine:
         assert self.half.held == 0 and not self.half._jobs
         assert self.pool.get_num_free_blocks() == self.free_at_start
         assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)
-        assert not self.native.unreleased(), "a lease was never released"
+        for native in self.natives:
+            assert not native.unreleased(), "a lease was never released"
+            assert not native.jobs, "a job never ended"
         assert not self.half._reqs and not self.half._open_loads
         assert self.half._promised_blocks == 0
 

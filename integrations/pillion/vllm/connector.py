@@ -24,6 +24,7 @@ from pillion.vllm import config, device, identity, support
 from pillion.vllm import native as source
 from pillion.vllm.log import log_limited, log_once, logger, survivable
 from pillion.vllm.metadata import PillionMetadata
+from pillion.vllm.ranks import Ranks
 from pillion.vllm.scheduler import SchedulerHalf
 from pillion.vllm.stats import PillionPromMetrics, PillionStats
 from pillion.vllm.worker import WorkerHalf, wait_ready
@@ -102,39 +103,55 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             fields = identity.namespace_fields(self._vllm_config, self._kv_cache_config, self._settings)
         except identity.UnknownModel as error:
             return str(error)
-        try:
-            device_name = device.name(self._vllm_config)
-        except device.Unnamed as error:
-            return str(error)
+        world = self._vllm_config.parallel_config.tensor_parallel_size
+        if world > 1 and self._settings.socket and "{rank}" not in self._settings.socket:
+            return f"socket names one sidecar, and there are {world} ranks: expected {{rank}} in it"
         digest = sha256(repr(sorted(fields.items())).encode()).hexdigest()
         native = source.native()
-        socket = self._settings.socket or native.default_socket(device_name)
-        launch = source.launch_command(self._settings.socket, device_name) if self._settings.launch else []
-        self._waits = bool(launch) or os.path.exists(socket)
+        own = [support.tensor_parallel_rank(world)] if role == KVConnectorRole.WORKER else range(world)
+        try:
+            names = {rank: device.name(self._vllm_config, rank) for rank in own}
+        except device.Unnamed as error:
+            return str(error)
+        options = {
+            rank: self._client_options(native, name, identity.of_rank(fields, rank, world), rank)
+            for rank, name in names.items()
+        }
+        if role == KVConnectorRole.SCHEDULER:
+            clients = [native.SchedulerClient(**each) for each in options.values()]
+            self._start_scheduler(clients[0] if world == 1 else Ranks(clients), digest)
+        else:
+            rank, name = next(iter(names.items()))
+            self._worker = WorkerHalf(
+                client=native.WorkerClient(**options[rank]),
+                settings=self._settings,
+                kv_cache_config=self._kv_cache_config,
+                layout=self._layout(),
+                identity=digest,
+                device=name,
+                locate=native.cuda_device if device.on_cuda() else None,
+                rank=rank,
+            )
+        return None
+
+    def _client_options(self, native: Any, name: str, fields: dict[str, str], rank: int) -> dict[str, Any]:
+        """For the sidecar of one rank."""
+        given = self._settings.socket
+        given = given.replace("{rank}", str(rank)) if given else None
+        socket = given or native.default_socket(name)
+        launch = source.launch_command(given, name) if self._settings.launch else []
+        self._waits = self._waits or bool(launch) or os.path.exists(socket)
         if self._settings.launch and not launch:
             log_once(
                 logging.WARNING, "binary", "no `pillion` command is found: no sidecar is started from here"
             )
-        client_options: dict[str, Any] = {
+        return {
             "socket": socket,
             "engine_id": str(self._kv_transfer_config.engine_id),
             "tenant": self._settings.tenant,
             "namespace": fields,
             "launch": launch,
         }
-        if role == KVConnectorRole.SCHEDULER:
-            self._start_scheduler(native.SchedulerClient(**client_options), digest)
-        else:
-            self._worker = WorkerHalf(
-                client=native.WorkerClient(**client_options),
-                settings=self._settings,
-                kv_cache_config=self._kv_cache_config,
-                layout=self._layout(),
-                identity=digest,
-                device=device_name,
-                locate=native.cuda_device if device_name != device.CPU else None,
-            )
-        return None
 
     def _start_scheduler(self, client: Any, digest: str) -> None:
         transfer = self._kv_transfer_config

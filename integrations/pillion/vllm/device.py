@@ -66,15 +66,15 @@ def on_cuda() -> bool:
     return bool(platform().is_cuda())
 
 
-def name(vllm_config: Any) -> str:
-    """`cpu0`, or `gpu-<uuid>` of the GPU that the engine's one worker uses.
+def name(vllm_config: Any, rank: int = 0) -> str:
+    """`cpu<rank>`, or `gpu-<uuid>` of the GPU that the worker of this tensor-parallel rank uses.
 
     Raises `Unnamed` where that cannot be told here.
     """
     if not on_cuda():
-        return CPU
+        return f"cpu{rank}"
     parallel = vllm_config.parallel_config
-    index = logical_index(parallel)
+    index = logical_index(parallel) + rank
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if "MIG-" in visible:
         # vLLM asks NVML for the index of the MIG instance and takes it for one of a GPU.

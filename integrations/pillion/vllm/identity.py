@@ -68,8 +68,13 @@ def namespace_fields(vllm_config: Any, kv_cache_config: Any, settings: Settings)
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
         "hash_seed": hash_seed(str(cache.prefix_caching_hash_algo)),
         "drafter": "none",
-        "shard": "1/1",
+        "shard": f"1/{vllm_config.parallel_config.tensor_parallel_size}",
     }
+
+
+def of_rank(fields: dict[str, str], rank: int, world: int) -> dict[str, str]:
+    """The namespace of a rank's part of every block: the heads that tensor parallelism gives it."""
+    return {**fields, "shard": f"{rank + 1}/{world}"}
 
 
 def backend(vllm_config: Any, spec: Any) -> str:

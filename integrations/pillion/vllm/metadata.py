@@ -13,9 +13,9 @@ class LoadPlan(NamedTuple):
 
     job: bytes  # 16 bytes
     req_id: str
-    lease: bytes  # 16 bytes
+    lease: bytes  # 16 bytes for each rank, see `ranks.part`
     first: int
-    namespace: bytes  # 16 bytes
+    namespace: bytes  # likewise
     hashes: bytes  # 32 bytes a block
     blocks: list[int]
     deadline_ms: int
@@ -25,7 +25,7 @@ class SavePlan(NamedTuple):
     """A save for every rank of consecutive blocks of one prompt."""
 
     job: bytes
-    namespace: bytes
+    namespace: bytes  # 16 bytes for each rank
     parent: bytes  # hash of the block before the first one, b"" at the start of a prompt
     hashes: bytes
     blocks: list[int]

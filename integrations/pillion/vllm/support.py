@@ -113,16 +113,29 @@ def may_split_blocks(vllm_config: Any) -> bool:
 
 def _parallel(vllm_config: Any, _kv: Any) -> str | None:
     parallel = vllm_config.parallel_config
+    if parallel.tensor_parallel_size > 1:
+        executor = parallel.distributed_executor_backend
+        if executor not in ("mp", "uni") or getattr(parallel, "nnodes", 1) != 1:
+            # The sidecars of ranks on other machines cannot be reached from here.
+            return f"tensor parallelism by the executor {executor}: expected mp on one machine"
     for name in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
     ):
         size = getattr(parallel, name, 1) or 1
         if size != 1:
-            return f"{name} is {size}: one rank is served yet"
+            return f"{name} is {size}: not served yet"
     return None
+
+
+def tensor_parallel_rank(world: int) -> int:
+    """Of the worker that this process is."""
+    if world == 1:
+        return 0
+    from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
 
 
 def _hashes(vllm_config: Any, kv_cache_config: Any) -> str | None:

@@ -52,6 +52,7 @@ from pillion.vllm.metadata import (
     SavePlan,
     merge,
 )
+from pillion.vllm.ranks import part
 from pillion.vllm.stats import PillionStats
 
 # The client reports an outcome at the deadline; this much later the shim reports a failure without it.
@@ -85,6 +86,7 @@ class WorkerHalf:
         identity: str,
         device: str = devices.CPU,
         locate: Callable[[int], str] | None = None,  # device name of an address
+        rank: int = 0,
     ) -> None:
         self.client = client
         self.settings = settings
@@ -95,7 +97,8 @@ class WorkerHalf:
         self._identity: str | None = identity or None
         self._device = device
         self._locate = locate
-        self._cuda = devices.CUDA if device != devices.CPU else None
+        self._rank = rank
+        self._cuda = devices.CUDA if device.startswith("gpu-") else None
         self._caches: dict[str, Any] = {}  # layer -> [B, H, N, C], one row per block of the block manager
         self._registered = False
         self._waits_ms = 0
@@ -280,9 +283,9 @@ class WorkerHalf:
         try:
             self.client.submit_load(
                 plan.job,
-                plan.lease,
+                part(plan.lease, self._rank),
                 plan.first,
-                plan.namespace,
+                part(plan.namespace, self._rank),
                 plan.hashes,
                 plan.blocks,
                 plan.deadline_ms,
@@ -321,7 +324,7 @@ class WorkerHalf:
         try:
             self.client.submit_save(
                 plan.job,
-                plan.namespace,
+                part(plan.namespace, self._rank),
                 plan.parent,
                 plan.hashes,
                 plan.blocks,

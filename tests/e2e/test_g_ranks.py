@@ -1,0 +1,92 @@
+"""Two tensor-parallel ranks, each with a sidecar of its own: what counts is what both have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from e2e.harness import Engine, Sidecar, until
+from e2e.prompts import LONG
+from e2e.world import Checker, World
+
+PROMPTS = LONG[:4]
+
+
+@pytest.fixture(scope="module")
+def identical(world: World) -> Checker:
+    """Against plain vLLM with two ranks: their sums have another order than one's."""
+    return Checker(world, world.reference(prompts=PROMPTS, tensor_parallel_size=2))
+
+
+@pytest.fixture(scope="module")
+def sidecars(world: World) -> Iterator[list[Sidecar]]:
+    first = world.sidecar()
+    pair = [first, first.sibling("cpu1")]
+    yield pair
+    pair[1].close()
+
+
+@pytest.fixture(scope="module")
+def engine(world: World, identical: Checker, sidecars: list[Sidecar]) -> Iterator[Engine]:
+    engine = world.engine("ranks", sidecars[0], tensor_parallel_size=2)
+    yield engine
+    engine.stop()
+
+
+def test_two_ranks_save_each_their_part(engine: Engine, identical: Checker, sidecars: list[Sidecar]) -> None:
+    answers = engine.ask_all(PROMPTS)
+    identical(*answers)
+    assert [answer.loaded for answer in answers] == [0] * len(PROMPTS)
+    engine.quiet()
+    records = [sidecar.status()["pool"]["records"] for sidecar in sidecars]
+    assert records[0] == records[1] >= sum(prompt.blocks for prompt in PROMPTS)
+    for sidecar in sidecars:
+        roles = sorted(session["role"] for session in sidecar.sessions())
+        assert roles == ["scheduler", "worker"], f"{sidecar.device}: {roles}"
+
+
+def test_two_ranks_load_each_their_part(engine: Engine, identical: Checker) -> None:
+    engine.forget()
+    identical.loads(engine, PROMPTS)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_ranks_sidecar_dies_under_load(
+    engine: Engine, identical: Checker, sidecars: list[Sidecar], rank: int
+) -> None:
+    """Whatever was under way: the same answers. What one rank lost is a miss for both, and saved again."""
+    engine.forget()
+    before = engine.counters()["attaches"]
+    pending = [engine.submit(prompt) for prompt in PROMPTS]
+    pending[0].first.wait(60)
+    sidecars[rank].kill_worker()
+    identical(*[one.answer() for one in pending])
+    until(lambda: engine.counters()["attaches"] > before, engine.explain)
+    until(lambda: engine.counters()["ready"], engine.explain)
+    engine.quiet()
+    engine.forget()
+    identical(*engine.ask_all(PROMPTS))
+    engine.quiet()
+    engine.forget()
+    identical.loads(engine, PROMPTS)
+
+
+def test_a_restarted_engine_with_two_ranks_hits(
+    world: World, engine: Engine, identical: Checker, sidecars: list[Sidecar]
+) -> None:
+    engine.quiet()
+    engine.stop()
+    second = world.engine("ranks-again", sidecars[0], tensor_parallel_size=2)
+    identical.loads(second, PROMPTS)
+    second.stop()
+
+
+def test_another_number_of_ranks_finds_nothing(world: World, sidecars: list[Sidecar], engine: Engine) -> None:
+    """CPU pages are opaque: a part of one is nothing that another number of ranks could use."""
+    single = world.engine("one-rank", sidecars[0])
+    reference = Checker(world, world.reference())
+    answers = single.ask_all(PROMPTS)
+    reference(*answers)
+    assert [answer.loaded for answer in answers] == [0] * len(PROMPTS)
+    single.stop()
