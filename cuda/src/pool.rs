@@ -50,6 +50,8 @@ impl HostPool {
         // Set aside means: meant for such as us. Another may have been quicker.
         let huge = if set_aside { Memfd::create_huge(NAME, bytes).ok() } else { None };
         let mapped = huge.and_then(|memfd| Some((memfd.map(Access::ReadWrite).ok()?, memfd)));
+        // Taken at once: where a container's limit on them is lower, the first touch of a page would be SIGBUS.
+        let mapped = mapped.filter(|(map, _)| touch_all(map, populate));
         let huge_pages = mapped.is_some();
         let (map, memfd) = match mapped {
             Some(both) => both,
@@ -61,8 +63,8 @@ impl HostPool {
         memfd.seal(Seal::Size)?;
         let pool = Self { map, memfd, huge_pages };
         pool.advise(numa_node);
-        if touch {
-            pool.touch();
+        if touch && !pool.huge_pages {
+            touch_all(&pool.map, |start, length| populate(start, length) || touch_each(start, length));
         }
         Ok(pool)
     }
@@ -131,32 +133,36 @@ impl HostPool {
             }
         }
     }
-
-    fn touch(&self) {
-        let cores = thread::available_parallelism().map_or(1, NonZero::get).min(TOUCHERS_MAX);
-        let step = self.map.bytes().div_ceil(cores).next_multiple_of(HUGE_PAGE as usize);
-        let start = self.map.as_ptr() as usize;
-        thread::scope(|scope| {
-            for from in (0..self.map.bytes()).step_by(step.max(1)) {
-                let length = step.min(self.map.bytes() - from);
-                scope.spawn(move || populate(start + from, length));
-            }
-        });
-    }
 }
 
-/// Takes the pages of a range that nobody uses yet.
-fn populate(start: usize, length: usize) {
+/// Has all processors take the pages of a mapping that nobody uses yet; false where one of them could not.
+fn touch_all(map: &Mapping, touch: impl Fn(usize, usize) -> bool + Sync) -> bool {
+    let cores = thread::available_parallelism().map_or(1, NonZero::get).min(TOUCHERS_MAX);
+    let step = map.bytes().div_ceil(cores).next_multiple_of(HUGE_PAGE as usize).max(1);
+    let (start, touch) = (map.as_ptr() as usize, &touch);
+    thread::scope(|scope| {
+        let ranges = (0..map.bytes()).step_by(step);
+        let touchers: Vec<_> = ranges
+            .map(|from| scope.spawn(move || touch(start + from, step.min(map.bytes() - from))))
+            .collect();
+        touchers.into_iter().all(|toucher| toucher.join().unwrap_or(false))
+    })
+}
+
+/// Takes the pages of a range; false where the kernel cannot: no memory, or older than 5.14.
+fn populate(start: usize, length: usize) -> bool {
     // SAFETY: the range lies in the mapping of a pool that is being made; populating keeps its content.
     let done = unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_WRITE) };
-    if done == 0 {
-        return;
-    }
-    // Kernels before 5.14: one byte of each page.
+    done == 0
+}
+
+/// The same for older kernels: one byte of each page.
+fn touch_each(start: usize, length: usize) -> bool {
     for at in (start..start + length).step_by(PAGE) {
-        // SAFETY: as above; the page is zero and stays so.
+        // SAFETY: the range lies in the mapping of a pool that is being made; the page is zero and stays so.
         unsafe { std::ptr::write_volatile(at as *mut u8, 0) };
     }
+    true
 }
 
 fn free_huge_bytes() -> u64 {

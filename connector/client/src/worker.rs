@@ -455,7 +455,7 @@ impl State {
 
     /// Whether no sidecar, past or present, can reach our memory.
     fn is_let_go(&self) -> bool {
-        self.jobs.is_empty() && self.orphans.is_empty()
+        self.jobs.is_empty() && self.orphans.is_empty() && !self.mapped
     }
 
     fn give_back(&mut self, slot: Option<u32>) {

@@ -140,6 +140,9 @@ pub struct Driver {
     core: Core,
     tables: HashMap<Arc<str>, TableWriter>,
     sessions: BTreeMap<SessionId, Live>,
+    /// Sessions that have ended, until their memory is unmapped: to the peer, the end of its connection means that
+    /// nothing here has its memory any more.
+    ending: HashMap<(SessionId, u64), Live>,
     copiers: Copiers,
     gpu: Option<Arc<Gpu>>,
     /// Shared with HTTP.
@@ -179,6 +182,7 @@ impl Driver {
             core: parts.core,
             tables: HashMap::new(),
             sessions: BTreeMap::new(),
+            ending: HashMap::new(),
             copiers: parts.copiers,
             gpu: parts.gpu,
             metrics: parts.metrics,
@@ -333,6 +337,7 @@ impl Driver {
 
     /// Nothing here reaches the memory of an import any more.
     pub fn unmapped(&mut self, session: SessionId, import: u64) {
+        self.ending.remove(&(session, import));
         let Some(live) = self.sessions.get_mut(&session) else { return };
         if let Some((_, request)) = live.unmapping.take_if(|(awaited, _)| *awaited == import) {
             self.send(session, &Message::Unregistered(wire::Unregistered { request }));
@@ -440,7 +445,17 @@ impl Driver {
             }
             Action::SessionEnded { session } => {
                 // Dropping it unmaps the engine's memory and closes the channel, which ends the connection.
-                self.sessions.remove(&session);
+                if let Some(mut live) = self.sessions.remove(&session) {
+                    let mover = live.leaving.take().or(live.mover.take());
+                    match (mover, live.unmapping) {
+                        (Some(Mover::Device { lanes, import }), _) => {
+                            self.ending.insert((session, import), live);
+                            drop(lanes);
+                        }
+                        (_, Some((import, _))) => drop(self.ending.insert((session, import), live)),
+                        _ => {}
+                    }
+                }
             }
             Action::ProtocolError { session, text } => {
                 let peer = self.sessions.get(&session).map(|live| live.view.peer.pid);

@@ -193,7 +193,10 @@ class Check:
         file = self.options.json
         if not file and self.options.results and not self.fake:
             self.options.results.mkdir(parents=True, exist_ok=True)
-            file = self.options.results / f"gpu-{re.sub(r'[^a-z0-9]+', '-', self.gpu['name'].lower())}.json"
+            name = re.sub(r"[^a-z0-9]+", "-", self.gpu["name"].lower())
+            # A part does not take the place of the whole.
+            part = "-part" if self.options.only or self.options.quick else ""
+            file = self.options.results / f"gpu-{name}{part}.json"
         if not file:
             return
         report = {
