@@ -1,6 +1,6 @@
 //! Device memory of an engine, imported.
 
-use std::{collections::HashMap, fmt, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{fmt, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use pillion_cuda_driver::{
     BatchApi, Context, CudaError, Device, EVENT_HANDLE_BYTES, Event, HostRegistration, IPC_HANDLE_BYTES,
@@ -22,6 +22,8 @@ pub struct Gpu {
     crew: Arc<Crew>,
     watchdog: Watchdog,
     patience: Duration,
+    call_patience: Duration,
+    pin_part: u64,
     // Last but one: the pinning ends before the pool is unmapped.
     _pinned: HostRegistration,
     pool: Arc<HostPool>,
@@ -40,8 +42,12 @@ pub struct GpuParts {
     pub watchdog: Watchdog,
     /// Whether `cuMemcpyBatchAsync` may be used where the driver has it.
     pub batch: bool,
-    /// How long a call of the driver, or a copy that nothing holds back, may take before the process is given up.
+    /// How long a copy, or a call that only queues or asks, may take before the process is given up.
     pub patience: Duration,
+    /// The same of imports and unmaps: these wait for locks that other processes hold while they start or die.
+    pub call_patience: Duration,
+    /// Bytes of the pool that are pinned by one call.
+    pub pin_part: u64,
 }
 
 /// Where an engine's memory is to be found.
@@ -76,16 +82,19 @@ impl Gpu {
     /// # Errors
     /// What the driver says.
     pub fn start(parts: GpuParts) -> Result<Self, CudaError> {
-        let GpuParts { device, pool, crew, watchdog, batch, patience } = parts;
+        let GpuParts { device, pool, crew, watchdog, batch, patience, call_patience, pin_part } = parts;
         let pulse = watchdog.pulse();
         let context = pulse.during("the start of the CUDA context", PIN_MAX, || Context::retain(device))?;
         context.enter()?;
+        // Where the device cannot use host addresses of registered memory, batched copies by them fault later, and
+        // for good.
+        let batch = batch && context.device().takes_host_pointers;
         let batch = if batch { BatchApi::of_driver()? } else { BatchApi::Single };
         let pinned = pulse.during("the registration of the host pool with CUDA", PIN_MAX, || {
             // SAFETY: the registration is dropped before our share of the pool.
-            unsafe { HostRegistration::new(&context, pool.address(), pool.bytes()) }
+            unsafe { HostRegistration::new(&context, pool.address(), pool.bytes(), pin_part) }
         })?;
-        Ok(Self { context, batch, crew, watchdog, patience, _pinned: pinned, pool })
+        Ok(Self { context, batch, crew, watchdog, patience, call_patience, pin_part, _pinned: pinned, pool })
     }
 
     /// The device.
@@ -110,6 +119,15 @@ impl Gpu {
         &self.pool
     }
 
+    pub(crate) fn call_patience(&self) -> Duration {
+        self.call_patience
+    }
+
+    /// Where in the pool the driver's registrations end: no copy reaches over.
+    pub(crate) fn pin_part(&self) -> u64 {
+        self.pin_part
+    }
+
     pub(crate) fn patience(&self) -> Duration {
         self.patience
     }
@@ -130,16 +148,31 @@ impl Gpu {
             )));
         }
         let pulse = self.watchdog.pulse();
-        pulse.during("the import of an engine's memory", self.patience, || {
+        let opened = pulse.during("the import of an engine's memory", self.call_patience, || {
             self.context.enter()?;
             let imported = match &handle {
                 DeviceHandle::Ipc(handle) => Imported::open_ipc(&self.context, handle, allocation_bytes),
                 DeviceHandle::Vmm(fd) => Imported::open_vmm(&self.context, fd, allocation_bytes),
             }?;
-            let closing = self.watchdog.pulse();
-            let (imported, patience, closed) = (Some(imported), self.patience, None);
-            Ok(DeviceMemory { imported, offset, bytes, events, process, closing, patience, closed })
-        })
+            let events = events.iter().map(Event::open).collect::<Result<Vec<_>, _>>().map_err(|error| {
+                CudaError::Unfit(format!(
+                    "the engine's events cannot be opened: {error}; engine and sidecar need one /dev/shm (containers: \
+                     share it, or the host's IPC namespace) and one user"
+                ))
+            })?;
+            Ok((imported, events))
+        });
+        let (imported, events) = opened.inspect_err(|error| self.look_at_context(error))?;
+        let (closing, patience) = (self.watchdog.pulse(), self.call_patience);
+        let (imported, closed) = (Some(imported), None);
+        Ok(DeviceMemory { events, imported, offset, bytes, process, closing, patience, closed })
+    }
+
+    /// After an error: a context that is lost answers every call with it, and no import will ever succeed.
+    fn look_at_context(&self, error: &CudaError) {
+        if let Err(lost) = Event::local() {
+            self.watchdog.fail(format!("the CUDA context is lost: {lost} (after: {error})"));
+        }
     }
 }
 
@@ -155,10 +188,10 @@ impl fmt::Debug for Closed {
 /// An engine's KV memory on the device. Dropping it unmaps, under the watchdog's eye.
 #[derive(Debug)]
 pub struct DeviceMemory {
+    events: Vec<Event>,
     imported: Option<Imported>,
     offset: u64,
     bytes: u64,
-    events: Vec<[u8; EVENT_HANDLE_BYTES]>,
     process: Process,
     closing: Pulse,
     patience: Duration,
@@ -179,6 +212,14 @@ impl DeviceMemory {
     /// Bytes that can be reached.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// One of the engine's events.
+    pub(crate) fn event(&self, index: u32) -> Result<&Event, CopyError> {
+        self.events.get(index as usize).ok_or_else(|| {
+            let count = self.events.len();
+            CopyError::Unreachable(format!("expected an event below {count}, got {index}"))
+        })
     }
 
     /// Whether the engine's process is there.
@@ -205,42 +246,26 @@ impl DeviceMemory {
             let (blocks, record_bytes) = (plan.num_blocks(), plan.record_bytes());
             return Err(CopyError::Shape { blocks, record_bytes, block, length });
         }
-        for segment in plan.segments(block) {
-            let address = self.address(segment.engine, segment.len)?;
-            let place = &mut record[segment.record as usize..(segment.record + segment.len) as usize];
-            read(address, place).map_err(|error| CopyError::Unreachable(error.to_string()))?;
-        }
-        Ok(())
+        self.closing.during("the reading of an engine's block", self.patience, || {
+            for segment in plan.segments(block) {
+                let address = self.address(segment.engine, segment.len)?;
+                let place = &mut record[segment.record as usize..(segment.record + segment.len) as usize];
+                read(address, place).map_err(|error| CopyError::Unreachable(error.to_string()))?;
+            }
+            Ok(())
+        })
     }
 }
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        let imported = self.imported.take();
-        self.closing.during("the unmapping of an engine's memory", self.patience, || drop(imported));
+        let (events, imported) = (std::mem::take(&mut self.events), self.imported.take());
+        self.closing.during("the unmapping of an engine's memory", self.patience, || {
+            drop(events);
+            drop(imported);
+        });
         if let Some(Closed(say)) = self.closed.take() {
             say();
-        }
-    }
-}
-
-/// Events of an engine that one thread has opened.
-#[derive(Debug, Default)]
-pub(crate) struct Opened(HashMap<u32, Event>);
-
-impl Opened {
-    pub(crate) fn get(&mut self, memory: &DeviceMemory, index: u32) -> Result<&Event, CopyError> {
-        use std::collections::hash_map::Entry;
-        match self.0.entry(index) {
-            Entry::Occupied(there) => Ok(there.into_mut()),
-            Entry::Vacant(place) => {
-                let handle = memory.events.get(index as usize).ok_or_else(|| {
-                    let count = memory.events.len();
-                    CopyError::Unreachable(format!("expected an event below {count}, got {index}"))
-                })?;
-                let event = Event::open(handle).map_err(|error| CopyError::Unreachable(error.to_string()))?;
-                Ok(place.insert(event))
-            }
         }
     }
 }

@@ -22,7 +22,7 @@ use std::{
 use pillion_cuda_driver::{BatchApi, CudaError, Direction, Event, Piece, Priority, Stream};
 use pillion_layouts::{BlockPlan, Segment};
 
-use crate::{CopyError, DeviceMemory, Gpu, Pulse, device_memory::Opened};
+use crate::{CopyError, DeviceMemory, Gpu, Pulse};
 
 /// Bytes of a chunk: 0.6 ms of a PCIe 5 link.
 const CHUNK_BYTES: u64 = 32 << 20;
@@ -71,6 +71,17 @@ impl Verified {
     }
 }
 
+/// What became of waiting for an engine's event.
+#[derive(Debug)]
+enum Awaited {
+    Reached,
+    Cancelled,
+    /// It will not be reached, or there is none.
+    Never(CopyError),
+    /// The driver cannot say.
+    Unknown(CudaError),
+}
+
 /// A chunk under way.
 #[derive(Debug)]
 struct Flying {
@@ -83,7 +94,6 @@ struct Flying {
 pub struct Lane {
     // Dropped before the memory they work on.
     stream: Stream,
-    opened: Opened,
     spare: Vec<Event>,
     direction: Direction,
     batch: BatchApi,
@@ -114,11 +124,11 @@ impl Lane {
             Direction::Out => (Priority::Background, LOOK_SAVE),
         };
         let pulse = gpu.watchdog().pulse();
-        let stream = pulse.during("the making of a stream", gpu.patience(), || Stream::new(priority))?;
+        let stream = pulse.during("the making of a stream", gpu.call_patience(), || Stream::new(priority))?;
         let segments: Arc<[Segment]> = plan.segments(0).collect();
         let chunk = (CHUNK_BYTES / plan.record_bytes().max(1)).max(1) as usize;
-        let (opened, spare, batch) = (Opened::default(), Vec::new(), gpu.batch());
-        Ok(Self { stream, opened, spare, direction, batch, pulse, plan, segments, chunk, look, memory, gpu })
+        let (spare, batch) = (Vec::new(), gpu.batch());
+        Ok(Self { stream, spare, direction, batch, pulse, plan, segments, chunk, look, memory, gpu })
     }
 
     /// Moves a job's blocks, once the engine's event is reached. When this returns, nothing of the job
@@ -127,9 +137,16 @@ impl Lane {
         let mut moved = vec![Moved::Skipped; items.len()];
         if let Some(index) = event {
             match self.await_event(index, cancelled) {
-                Ok(true) => {}
-                Ok(false) => return moved,
-                Err(error) => {
+                Awaited::Reached => {}
+                Awaited::Cancelled => return moved,
+                Awaited::Never(error) => {
+                    moved.fill(Moved::Failed(error));
+                    return moved;
+                }
+                Awaited::Unknown(error) => {
+                    // Of the event, or of a context that is lost: the stream knows.
+                    let error = CopyError::Unreachable(error.to_string());
+                    self.give_up(&error);
                     moved.fill(Moved::Failed(error));
                     return moved;
                 }
@@ -164,22 +181,27 @@ impl Lane {
         moved
     }
 
-    /// Until the engine's event is reached; false: the job was cancelled meanwhile.
+    /// Until the engine's event is reached, or will not be waited for.
     ///
     /// Here and not on the device: a stream that waits for an event of a process that dies waits for ever, with
     /// everything that is queued behind it, and only the end of this process would end that.
-    fn await_event(&mut self, index: u32, cancelled: &AtomicBool) -> Result<bool, CopyError> {
+    fn await_event(&self, index: u32, cancelled: &AtomicBool) -> Awaited {
+        let event = match self.memory.event(index) {
+            Ok(event) => event,
+            Err(error) => return Awaited::Never(error),
+        };
         loop {
-            let Self { pulse, opened, memory, gpu, .. } = self;
-            let reached = pulse.during("looking at an engine's event", gpu.patience(), || {
-                let event = opened.get(memory, index)?;
-                event.is_reached().map_err(|error| CopyError::Unreachable(error.to_string()))
-            })?;
-            if reached || cancelled.load(Ordering::Acquire) {
-                return Ok(reached);
+            let asked = || event.is_reached();
+            match self.pulse.during("looking at an engine's event", self.gpu.patience(), asked) {
+                Ok(true) => return Awaited::Reached,
+                Ok(false) => {}
+                Err(error) => return Awaited::Unknown(error),
+            }
+            if cancelled.load(Ordering::Acquire) {
+                return Awaited::Cancelled;
             }
             if !self.memory.has_owner() {
-                return Err(CopyError::Unreachable("the engine's process has ended".into()));
+                return Awaited::Never(CopyError::Unreachable("the engine's process has ended".into()));
             }
             thread::sleep(self.look);
         }
@@ -248,8 +270,13 @@ impl Lane {
         let shift = block * self.plan.engine_block_stride();
         for segment in self.segments.iter() {
             let device = self.memory.address(segment.engine + shift, segment.len)?;
-            let host = pool.address() as u64 + offset + segment.record;
-            pieces.push(Piece { device, host, bytes: segment.len });
+            let (base, part) = (pool.address() as u64, self.gpu.pin_part());
+            let (mut device, mut at, mut left) = (device, offset + segment.record, segment.len);
+            while left > 0 {
+                let bytes = left.min(part - at % part);
+                pieces.push(Piece { device, host: base + at, bytes });
+                (device, at, left) = (device + bytes, at + bytes, left - bytes);
+            }
         }
         Ok(())
     }

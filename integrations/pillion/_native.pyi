@@ -91,7 +91,7 @@ class WorkerClient:
         memfd: int = -1,
         base: int = 0,
         cuda: bool = False,
-        events: int = 64,
+        events: int = 512,
         canary_seed: int,
     ) -> None: ...
     # From now on block 0 may hold anything: a sidecar that attaches later believes this client's own look.

@@ -102,7 +102,7 @@ def starts_anew(world: World, sidecar: Sidecar, engine: Engine, fault: str, reas
 
 def kept(world: World, **flags: Any) -> tuple[Sidecar, Engine]:
     """A sidecar, and an engine that has saved something."""
-    sidecar = world.sidecar(grace_seconds=1, **flags)
+    sidecar = world.sidecar(grace_seconds=1, cuda_call_seconds=1, **flags)
     engine = world.engine(sidecar, "engine", KV)
     engine.call("done", job=engine.call("save", prompt="kept", count=8))
     engine.call("await_hits", prompt="kept", count=8)

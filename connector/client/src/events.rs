@@ -29,15 +29,14 @@ impl Events {
         &self.handles
     }
 
-    /// Records a free event on a stream, for one job; `None` where all belong to jobs, or the driver says no.
-    pub(crate) fn record(&mut self, stream: ForeignStream) -> Option<u32> {
-        let index = self.free.pop()?;
+    /// Records a free event on a stream, for one job; `Ok(None)` where all belong to jobs.
+    pub(crate) fn record(&mut self, stream: ForeignStream) -> Result<Option<u32>, CudaError> {
+        let Some(index) = self.free.pop() else { return Ok(None) };
         let recorded = self.all[index as usize].record(stream);
         if recorded.is_err() {
             self.free.push(index);
-            return None;
         }
-        Some(index)
+        recorded.map(|()| Some(index))
     }
 
     /// The job that had it has quiesced.

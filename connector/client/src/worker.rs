@@ -517,11 +517,17 @@ impl Shared {
         if !(alive && state.ready) {
             return Ok(None);
         }
-        let event = state.cuda_events.record(stream);
-        if event.is_none() {
+        let recorded = state.cuda_events.record(stream);
+        if !matches!(recorded, Ok(Some(_))) {
             self.counts.no_event.fetch_add(1, Ordering::Relaxed);
         }
-        event.map(Some).ok_or(())
+        match recorded {
+            Ok(event) => event.map(Some).ok_or(()),
+            Err(error) => {
+                self.health.say(format!("no event can be recorded on the engine's stream: {error}"));
+                Err(())
+            }
+        }
     }
 
     fn present(&self, state: &mut State, outbox: &Outbox) -> Result<(), String> {

@@ -181,7 +181,7 @@ impl WorkerClient {
     }
 
     #[pyo3(signature = (*, layout, num_blocks, block_tokens, dtype, kind, heads, states, content_bytes, page_bytes,
-                        tensors, memory_bytes, canary_seed, memfd = -1, base = 0, cuda = false, events = 64))]
+                        tensors, memory_bytes, canary_seed, memfd = -1, base = 0, cuda = false, events = 512))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python interface")]
     fn register(
         &self,

@@ -61,6 +61,8 @@ pub struct Device {
     pub bytes: u64,
     /// The host's memory next to it, where the platform says.
     pub numa_node: Option<u32>,
+    /// Whether it can use the host's own addresses of registered memory; it cannot on WSL 2.
+    pub takes_host_pointers: bool,
 }
 
 impl Device {
@@ -88,7 +90,11 @@ impl Device {
         let pci = text(&pci);
         let numa_node = u32::try_from(node).ok().or_else(|| sysfs_node(&pci));
         let uuid = Uuid(uuid.bytes.map(|byte| byte as u8));
-        Ok(Self { ordinal, name: text(&name), uuid, pci, bytes: bytes as u64, numa_node })
+        let mut takes = 0;
+        let attribute = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM;
+        let _ = cuda!(cuDeviceGetAttribute(&raw mut takes, attribute, device));
+        let (name, bytes, takes_host_pointers) = (text(&name), bytes as u64, takes == 1);
+        Ok(Self { ordinal, name, uuid, pci, bytes, numa_node, takes_host_pointers })
     }
 }
 

@@ -88,7 +88,16 @@ fn load() -> Result<(), CudaError> {
             ));
         }
     }
-    cuda!(cuInit(0)).or_else(|error| missing(format!("no CUDA device can be used: {error}")))
+    cuda!(cuInit(0)).or_else(|error| {
+        let hint = match error.code() {
+            // CUDA_ERROR_STUB_LIBRARY
+            Some(34) => {
+                "; this is the toolkit's stub of the library, not the driver's: put the driver's folder first"
+            }
+            _ => "",
+        };
+        missing(format!("no CUDA device can be used: {error}{hint}"))
+    })
 }
 
 /// The CUDA version that the driver supports, e.g. 13000 for 13.0.

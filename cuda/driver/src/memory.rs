@@ -78,6 +78,9 @@ fn export_vmm(base: u64) -> Result<OwnedFd, CudaError> {
     exported?;
     // SAFETY: the driver made the descriptor for us.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    // A child of the engine (a sidecar that it starts) must not keep the memory alive.
+    // SAFETY: the descriptor is ours and open.
+    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
     released.map(|()| fd)
 }
 
@@ -114,11 +117,12 @@ impl Imported {
         let mut base = 0;
         cuda!(cuIpcOpenMemHandle_v2(&raw mut base, handle, lazily))?;
         let imported = Self { base, bytes, way: Way::Ipc, context: Arc::clone(context) };
+        // What a driver says of imported memory is not documented: a refusal to say is no reason, too small is.
         let (mut start, mut size) = (0, 0);
-        cuda!(cuMemGetAddressRange_v2(&raw mut start, &raw mut size, base))?;
-        if start != base || (size as u64) < bytes {
+        let said = cuda!(cuMemGetAddressRange_v2(&raw mut start, &raw mut size, base));
+        if said.is_ok() && (start > base || base + bytes > start + size as u64) {
             return Err(CudaError::Unfit(format!(
-                "expected an allocation of {bytes} bytes behind the handle, came {size}"
+                "expected an allocation of {bytes} bytes at {base:#x} behind the handle, came {size} at {start:#x}"
             )));
         }
         Ok(imported)
@@ -287,37 +291,51 @@ pub fn read(device: u64, to: &mut [u8]) -> Result<(), CudaError> {
     cuda!(cuMemcpyDtoH_v2(to.as_mut_ptr().cast(), device, to.len()))
 }
 
-/// Host memory that the device may reach by DMA. One registration for a whole pool: the driver takes a lock and
-/// page tables for each.
+/// Host memory that the device may reach by DMA: as few registrations as the driver takes, each of which costs it a
+/// lock and page tables.
 #[derive(Debug)]
 pub struct HostRegistration {
-    address: u64,
+    parts: Vec<u64>,
     context: Arc<Context>,
 }
 
 impl HostRegistration {
-    /// Pins `bytes` at `address`. Takes about 40 ms a GiB where the pages are there already, much longer where they
-    /// are not. The context must be current.
+    /// Pins `bytes` at `address`, in parts of at most `part` bytes: drivers refuse very large ones. No copy may reach
+    /// over the border of two parts. Takes about 40 ms a GiB where the pages are there already, much longer where
+    /// they are not. The context must be current.
     ///
     /// # Errors
-    /// What the driver says: most likely that `ulimit -l` or the container's memory does not allow it.
+    /// What the driver says; nothing is pinned then.
     ///
     /// # Safety
     /// The memory must stay mapped while this lives.
-    pub unsafe fn new(context: &Arc<Context>, address: *mut u8, bytes: u64) -> Result<Self, CudaError> {
+    pub unsafe fn new(
+        context: &Arc<Context>,
+        address: *mut u8,
+        bytes: u64,
+        part: u64,
+    ) -> Result<Self, CudaError> {
         // For every context of this process; no device pointer of another value is wanted.
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE;
-        // SAFETY: the caller vouches for the range.
-        let result = unsafe { sys::cuMemHostRegister_v2(address.cast(), bytes as usize, flags) };
-        check("cuMemHostRegister", result)?;
-        Ok(Self { address: address as u64, context: Arc::clone(context) })
+        let mut registered = Self { parts: Vec::new(), context: Arc::clone(context) };
+        for from in (0..bytes).step_by(part.max(1) as usize) {
+            let (at, length) = (address.wrapping_add(from as usize), part.min(bytes - from));
+            // SAFETY: the caller vouches for the range.
+            let result = unsafe { sys::cuMemHostRegister_v2(at.cast(), length as usize, flags) };
+            // Where it fails, dropping undoes those before.
+            check("cuMemHostRegister", result)?;
+            registered.parts.push(at as u64);
+        }
+        Ok(registered)
     }
 }
 
 impl Drop for HostRegistration {
     fn drop(&mut self) {
         let _ = self.context.enter();
-        // SAFETY: registered in `new`, which is the only constructor.
-        let _: CUresult = unsafe { sys::cuMemHostUnregister(self.address as *mut core::ffi::c_void) };
+        for part in &self.parts {
+            // SAFETY: registered in `new`, which is the only constructor.
+            let _: CUresult = unsafe { sys::cuMemHostUnregister(*part as *mut core::ffi::c_void) };
+        }
     }
 }

@@ -86,8 +86,12 @@ struct Session {
     registration: Option<Registration>,
     jobs: usize,
     detached: bool,
-    /// The request to let go of its memory, until that can be answered.
+    /// Counts its registrations.
+    registrations: u64,
+    /// The last request to let go of memory, until that can be answered.
     unregister: Option<u64>,
+    /// Jobs of memory that was unregistered.
+    leaving: usize,
 }
 
 /// One session, for status reports.
@@ -144,9 +148,18 @@ impl Core {
     pub fn apply(&mut self, event: Event, now_ns: u64, actions: &mut Vec<Action>) {
         match event {
             Event::Attached { session, role, engine, uid, tenant } => {
-                let (registration, unregister) = (None, None);
-                let new =
-                    Session { role, engine, uid, tenant, registration, jobs: 0, detached: false, unregister };
+                let new = Session {
+                    role,
+                    engine,
+                    uid,
+                    tenant,
+                    registration: None,
+                    jobs: 0,
+                    detached: false,
+                    registrations: 0,
+                    unregister: None,
+                    leaving: 0,
+                };
                 self.sessions.insert(session, new);
             }
             Event::Detached { session } => self.detach(session, actions),
@@ -258,7 +271,10 @@ impl Core {
     fn unregister(&mut self, id: SessionId, request: u64, actions: &mut Vec<Action>) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.registration = None;
+        session.registrations += 1;
         session.unregister = Some(request);
+        // Those of this registration, and what is left of earlier ones.
+        session.leaving = session.jobs;
         for ((owner, job), running) in &mut self.jobs {
             if *owner == id {
                 running.cancelled = true;
@@ -270,11 +286,13 @@ impl Core {
 
     /// What waits for the last copy of a session.
     fn if_idle(&mut self, id: SessionId, actions: &mut Vec<Action>) {
-        let Some(session) = self.sessions.get_mut(&id).filter(|session| session.jobs == 0) else { return };
-        if let Some(request) = session.unregister.take() {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if session.leaving == 0
+            && let Some(request) = session.unregister.take()
+        {
             actions.push(Action::Unregistered { session: id, request });
         }
-        if self.sessions.get(&id).is_some_and(|session| session.detached && session.jobs == 0) {
+        if session.detached && session.jobs == 0 {
             self.sessions.remove(&id);
             actions.push(Action::SessionEnded { session: id });
         }
@@ -394,6 +412,9 @@ impl Core {
         for (id, session) in &self.sessions {
             let jobs = self.jobs.keys().filter(|(owner, _)| owner == id).count();
             assert_eq!(jobs, session.jobs, "{id:?}");
+            let of_earlier = |running: &Job| running.registration < session.registrations;
+            let leaving = self.jobs.iter().filter(|((owner, _), job)| owner == id && of_earlier(job)).count();
+            assert_eq!(leaving, session.leaving, "{id:?}");
         }
     }
 }

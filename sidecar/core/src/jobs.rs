@@ -19,6 +19,8 @@ pub(crate) struct Job {
     pub(crate) reported: bool,
     /// Given up: nothing of it is published or counted as loaded.
     pub(crate) cancelled: bool,
+    /// Of its worker's registrations: whose memory it touches.
+    pub(crate) registration: u64,
     /// Checksums of a finished save, waiting for its word.
     pub(crate) checksums: Vec<u64>,
 }

@@ -52,6 +52,7 @@ pub struct Config {
     pub max_leases: u64,
     pub copy_threads: u64,
     pub cuda_batch_copy: bool,
+    pub cuda_call_seconds: u64,
     pub presence_slots: u64,
     pub log_level: String,
     /// The sidecar's own user, who may always attach. No key: taken from the process.
@@ -225,6 +226,7 @@ impl Default for Config {
             max_leases: 0,
             copy_threads: 0,
             cuda_batch_copy: false,
+            cuda_call_seconds: 0,
             presence_slots: 0,
             log_level: String::new(),
             own_uid: rustix::process::geteuid().as_raw(),

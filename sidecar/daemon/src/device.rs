@@ -26,6 +26,10 @@ pub const HOST: &str = "cpu0";
 pub const AUTO: &str = "auto";
 const GPU: &str = "gpu";
 const GPU_UUID: &str = "gpu-";
+/// Bytes that one registration of host memory has: some drivers refuse more than this at a time.
+const PIN_PART: u64 = 64 << 30;
+/// Helpers with checksums that a GPU's sidecar has unless more are asked for.
+const HELPERS_MAX: usize = 8;
 /// How long the driver may take to say what it sees. A cold driver without persistence takes seconds.
 const LOOK_MAX: Duration = Duration::from_secs(30);
 
@@ -217,10 +221,17 @@ pub fn prepare(config: &Config, pool_bytes: u64, watchdog: &Watchdog) -> Result<
     let options = PoolOptions { bytes: pool_bytes, touch: true, numa_node: device.numa_node };
     let pool = Arc::new(HostPool::with(options).context("cannot make the host pool")?);
     let touched = begun.elapsed();
-    let crew = Arc::new(Crew::start(config.copy_threads as usize).context("cannot start the copy threads")?);
-    let (batch, patience) = (config.cuda_batch_copy, config.grace());
-    let parts =
-        GpuParts { device, pool: Arc::clone(&pool), crew, watchdog: watchdog.clone(), batch, patience };
+    let crew = Arc::new(Crew::start(helpers(config)).context("cannot start the copy threads")?);
+    let parts = GpuParts {
+        device,
+        pool: Arc::clone(&pool),
+        crew,
+        watchdog: watchdog.clone(),
+        batch: config.cuda_batch_copy,
+        patience: config.grace(),
+        call_patience: Duration::from_secs(config.cuda_call_seconds),
+        pin_part: PIN_PART,
+    };
     let gpu = Gpu::start(parts).with_context(|| {
         format!("cannot pin a host pool of {} MiB for {}", pool_bytes >> 20, config.device)
     })?;
@@ -234,6 +245,12 @@ pub fn prepare(config: &Config, pool_bytes: u64, watchdog: &Watchdog) -> Result<
         "the pool is pinned"
     );
     Ok(Memory { pool, gpu: Some(Arc::new(gpu)) })
+}
+
+/// One core checksums a third of what a PCIe 5 link moves, and there are two directions.
+fn helpers(config: &Config) -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (config.copy_threads as usize).max((cores / 2).min(HELPERS_MAX))
 }
 
 #[cfg(test)]

@@ -60,9 +60,10 @@ pub struct Live {
     words: Option<Arc<JobWords>>,
     mover: Option<Mover>,
     /// Memory that was unregistered, until its last copy has ended.
-    leaving: Option<Mover>,
-    /// The request that is answered when this import is unmapped.
-    unmapping: Option<(u64, u64)>,
+    leaving: Vec<Mover>,
+    /// Imports that are being unmapped, and the last request that is answered when all are.
+    unmapping: Vec<u64>,
+    let_go: Option<u64>,
     /// The registration that is being carried out on another thread.
     importing: Option<u64>,
     /// A request to let go that came meanwhile.
@@ -142,7 +143,7 @@ pub struct Driver {
     sessions: BTreeMap<SessionId, Live>,
     /// Sessions that have ended, until their memory is unmapped: to the peer, the end of its connection means that
     /// nothing here has its memory any more.
-    ending: HashMap<(SessionId, u64), Live>,
+    ending: HashMap<SessionId, Live>,
     copiers: Copiers,
     gpu: Option<Arc<Gpu>>,
     /// Shared with HTTP.
@@ -277,8 +278,9 @@ impl Driver {
             overflow: VecDeque::new(),
             words,
             mover: None,
-            leaving: None,
-            unmapping: None,
+            leaving: Vec::new(),
+            unmapping: Vec::new(),
+            let_go: None,
             importing: None,
             unregister_next: None,
             running: HashMap::new(),
@@ -322,7 +324,7 @@ impl Driver {
             live.unregister_next = Some(request);
             return;
         }
-        live.leaving = live.mover.take();
+        live.leaving.extend(live.mover.take());
         live.view.layout = None;
         self.apply(Event::Unregister { session, request });
     }
@@ -337,21 +339,32 @@ impl Driver {
 
     /// Nothing here reaches the memory of an import any more.
     pub fn unmapped(&mut self, session: SessionId, import: u64) {
-        self.ending.remove(&(session, import));
-        let Some(live) = self.sessions.get_mut(&session) else { return };
-        if let Some((_, request)) = live.unmapping.take_if(|(awaited, _)| *awaited == import) {
-            self.send(session, &Message::Unregistered(wire::Unregistered { request }));
+        if let Some(live) = self.ending.get_mut(&session) {
+            live.unmapping.retain(|left| *left != import);
+            if live.unmapping.is_empty() {
+                self.ending.remove(&session);
+            }
         }
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        live.unmapping.retain(|left| *left != import);
+        self.say_let_go(session);
     }
 
+    /// Every copy of memory that was unregistered has ended.
     fn let_go(&mut self, session: SessionId, request: u64) {
         let Some(live) = self.sessions.get_mut(&session) else { return };
-        if let Some(Mover::Device { lanes, import }) = live.leaving.take() {
-            live.unmapping = Some((import, request));
-            // Its threads unmap the memory and say so.
-            return drop(lanes);
+        live.let_go = Some(request);
+        live.unmap_leaving();
+        self.say_let_go(session);
+    }
+
+    fn say_let_go(&mut self, session: SessionId) {
+        let Some(live) = self.sessions.get_mut(&session) else { return };
+        if live.unmapping.is_empty()
+            && let Some(request) = live.let_go.take()
+        {
+            self.send(session, &Message::Unregistered(wire::Unregistered { request }));
         }
-        self.send(session, &Message::Unregistered(wire::Unregistered { request }));
     }
 
     /// A worker's memory can be moved from now on.
@@ -446,14 +459,10 @@ impl Driver {
             Action::SessionEnded { session } => {
                 // Dropping it unmaps the engine's memory and closes the channel, which ends the connection.
                 if let Some(mut live) = self.sessions.remove(&session) {
-                    let mover = live.leaving.take().or(live.mover.take());
-                    match (mover, live.unmapping) {
-                        (Some(Mover::Device { lanes, import }), _) => {
-                            self.ending.insert((session, import), live);
-                            drop(lanes);
-                        }
-                        (_, Some((import, _))) => drop(self.ending.insert((session, import), live)),
-                        _ => {}
+                    live.leaving.extend(live.mover.take());
+                    live.unmap_leaving();
+                    if !live.unmapping.is_empty() {
+                        self.ending.insert(session, live);
                     }
                 }
             }
@@ -616,6 +625,15 @@ impl Driver {
 }
 
 impl Live {
+    /// Lets go of memory whose copies have ended. Device memory is unmapped by its own threads, which say so.
+    fn unmap_leaving(&mut self) {
+        for mover in self.leaving.drain(..) {
+            if let Mover::Device { import, .. } = &mover {
+                self.unmapping.push(*import);
+            }
+        }
+    }
+
     /// Moves completions into the ring as far as there is room.
     fn flush(&mut self) {
         let Some(ring) = &mut self.ring else { return self.overflow.clear() };

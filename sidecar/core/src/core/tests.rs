@@ -449,6 +449,18 @@ fn memory_that_goes_away_is_let_go_when_its_last_copy_has_ended() {
     assert_eq!(rig.last(), (load, Outcome::Done, true, 2));
     rig.apply(Event::Unregister { session: engine.worker, request: 78 });
     assert_eq!(rig.unregistered, [77, 78], "nothing ran");
+    // Jobs of new memory do not keep the old.
+    let registration =
+        Registration { namespace: namespace("m"), record_bytes, num_blocks, format: "format".into() };
+    rig.apply(Event::Registered { session: engine.worker, registration: registration.clone() });
+    rig.load(&engine, lease, 0, 0..2);
+    rig.apply(Event::Unregister { session: engine.worker, request: 79 });
+    rig.apply(Event::Registered { session: engine.worker, registration });
+    rig.load(&engine, lease, 0, 0..2);
+    rig.copy(|_| BlockOutcome::Skipped);
+    assert_eq!(rig.unregistered, [77, 78, 79]);
+    rig.copy(|_| BlockOutcome::Copied(1));
+    assert_eq!(rig.last().1, Outcome::Done);
 }
 
 #[test]

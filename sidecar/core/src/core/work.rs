@@ -131,6 +131,7 @@ impl Core {
             return;
         }
         let direction = Direction::Save;
+        let registration = self.sessions.get(&session).map_or(0, |owner| owner.registrations);
         let running = Job {
             direction,
             records,
@@ -140,6 +141,7 @@ impl Core {
             deadline_ns,
             reported: false,
             cancelled: false,
+            registration,
             checksums: Vec::new(),
         };
         self.jobs.insert((session, job), running);
@@ -174,6 +176,7 @@ impl Core {
             owner.jobs += 1;
         }
         let direction = Direction::Load;
+        let registration = self.sessions.get(&session).map_or(0, |owner| owner.registrations);
         let running = Job {
             direction,
             records,
@@ -183,6 +186,7 @@ impl Core {
             deadline_ns,
             reported: false,
             cancelled: false,
+            registration,
             checksums: Vec::new(),
         };
         self.jobs.insert((session, job), running);
@@ -340,6 +344,9 @@ impl Core {
         }
         let Some(owner) = self.sessions.get_mut(&session) else { return };
         owner.jobs -= 1;
+        if running.registration < owner.registrations {
+            owner.leaving -= 1;
+        }
         if !owner.detached {
             let outcome = if running.reported { Outcome::AlreadyReported } else { outcome };
             let blocks = if outcome == Outcome::Done { blocks } else { 0 };
