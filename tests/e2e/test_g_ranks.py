@@ -8,7 +8,7 @@ import pytest
 
 from e2e.harness import Engine, Sidecar, until
 from e2e.prompts import LONG
-from e2e.world import Checker, World
+from e2e.world import ATTEMPTS, Checker, World
 
 PROMPTS = LONG[:4]
 
@@ -90,3 +90,30 @@ def test_another_number_of_ranks_finds_nothing(world: World, sidecars: list[Side
     reference(*answers)
     assert [answer.loaded for answer in answers] == [0] * len(PROMPTS)
     single.stop()
+
+
+def test_data_parallel_replicas_share_what_either_has_saved(world: World, sidecars: list[Sidecar]) -> None:
+    """Two engine cores with a worker each, on one sidecar. Which of them answers is vLLM's choice."""
+    reference = Checker(world, world.reference())
+    first = world.engine("replicas", sidecars[0], data_parallel_size=2)
+    reference(*first.ask_all(PROMPTS))
+    first.quiet()
+    engines = {session["engine_id"] for session in sidecars[0].sessions() if session["role"] == "worker"}
+    assert len(engines) == 2, engines
+    first.stop()
+    second = world.engine("replicas-again", sidecars[0], data_parallel_size=2)
+    usable = [prompt.usable for prompt in PROMPTS] * 2
+    for attempt in range(ATTEMPTS):
+        # Each prompt twice at once, so that both replicas get some of them.
+        answers = second.ask_all([*PROMPTS, *PROMPTS])
+        reference(*answers)
+        found = [answer.own + answer.loaded for answer in answers]
+        if found == usable:
+            break
+        # On a machine this busy a miss is right.
+        world.misses += 1
+        assert attempt + 1 < ATTEMPTS, f"expected hits of {usable} tokens, got {found}"
+        second.quiet()
+        second.forget()
+    assert sum(answer.loaded for answer in answers) > 0
+    second.stop()
