@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -225,6 +225,8 @@ class Sidecar:
             self.process.kill()
             self.process.wait()
         for pid in pids:
-            if not ended(pid) and "pillion" in Path(f"/proc/{pid}/comm").read_text():
-                os.kill(pid, signal.SIGKILL)
+            # It may end between any two of these.
+            with suppress(OSError):
+                if not ended(pid) and "pillion" in Path(f"/proc/{pid}/comm").read_text():
+                    os.kill(pid, signal.SIGKILL)
         shutil.rmtree(self.place, ignore_errors=True)

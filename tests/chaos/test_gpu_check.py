@@ -5,6 +5,7 @@ It runs once, from its bundle. Alone: `scripts/gpu-check --fake --only NAME`.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import stat
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 
 from gpu_check import rows
+from gpu_check.__main__ import Check
 from gpu_check.budgets import BENCHES
 from gpu_check.scenarios import SCENARIOS
+from gpu_check.world import START_FIGURES
 
 ROOT = Path(__file__).parents[2]
 NO_GPU = 3
@@ -123,6 +126,48 @@ def test_on_the_fake_device(report: dict[str, Any], name: str) -> None:
         assert found["result"] == "skipped"
     else:
         assert found["result"] == "passed", found["detail"]
+
+
+def test_the_sanitizer_comes_last_and_facts_come_first(report: dict[str, Any]) -> None:
+    names = [each["name"] for each in report["scenarios"]]
+    assert (names[0], names[-1]) == ("probe", "compute-sanitizer")
+    facts = dict(line.strip().split(": ", 1) for line in report["scenarios"][0]["detail"].splitlines()[1:])
+    assert facts["driver version"] == "13000"
+    assert facts["attribute, IPC_EVENT_SUPPORTED"] == "1"
+    assert facts["range of imported 514.5 MiB"] == "starts 0 bytes after the base, 514.5 MiB"
+    assert facts["query from outside before the kill"] == "ERROR_NOT_READY"
+
+
+def test_the_report_has_the_starts_of_sidecars(report: dict[str, Any]) -> None:
+    starts = {each["name"]: each["starts"] for each in report["scenarios"]}
+    assert starts["probe"] == []
+    assert [set(each) for each in starts["round-trip-ipc-BLHNC"]] == [set(START_FIGURES)]
+    assert len(starts["sidecar-killed"]) > 1, "each start of it"
+
+
+def test_what_cannot_be_ended_is_reported_with_its_scenario(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = argparse.Namespace(quick=True, seconds=60)
+    check = Check(options, {"name": "a GPU", "uuid": "0", "cuda": 13000}, tmp_path, tmp_path)
+    ended = []
+
+    class Stuck:
+        def kill(self) -> None:
+            raise OSError("stuck")
+
+    class Willing:
+        def kill(self) -> None:
+            ended.append(self)
+
+    def scenario(world: Any) -> str:
+        world.engines += [Stuck(), Willing()]
+        return "well"
+
+    result, detail, _, _ = check.one("name", scenario, False, 5)
+    assert result == "failed"
+    assert detail.startswith("well\nwhat it started could not be ended") and "OSError: stuck" in detail
+    assert len(ended) == 1, "the others are ended all the same"
 
 
 def test_the_report_has_every_row_and_no_judgement(report: dict[str, Any]) -> None:

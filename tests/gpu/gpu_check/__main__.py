@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -14,15 +15,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpu_check.world import World
 
 NO_GPU = 3
 SCENARIO_SECONDS = 75
 MEASUREMENT_SECONDS = 150
 """At most, so that one that hangs leaves time for the others."""
+CLOSING_SECONDS = 20
+HOLD_SECONDS = 30
 
 
 class TimeUp(BaseException):
@@ -91,6 +98,29 @@ def find_gpu() -> dict[str, Any]:
         }
 
 
+@contextmanager
+def held_gpu() -> Iterator[None]:
+    """A process that does nothing but keep the device up, for as long as we work."""
+    command = [sys.executable, str(Path(__file__).with_name("cuda.py")), "hold"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout
+            answers, _, _ = select.select([holder.stdout], [], [], HOLD_SECONDS)
+            if not (answers and holder.stdout.readline()):
+                print("the device could not be kept up: starts may take seconds longer", flush=True)
+            yield
+        finally:
+            holder.kill()
+
+
+def explain(world: World) -> str:
+    """For failures, of which this must not be one."""
+    try:
+        return world.explain()
+    except Exception as error:
+        return f"nothing more is known: {error!r}"
+
+
 def has_torch(fake: bool) -> bool:
     """Whether torch is there and can use this GPU. It knows no fake one."""
     if fake or not importlib.util.find_spec("torch"):
@@ -116,12 +146,15 @@ class Check:
         self.torch = has_torch(bool(fake))
         self.scenarios: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
+        self.told_start = False
 
     def wanted(self) -> dict[str, Callable[..., Any]]:
         from gpu_check.budgets import BENCHES
-        from gpu_check.scenarios import SCENARIOS
+        from gpu_check.scenarios import LAST, SCENARIOS
 
         everything: dict[str, Callable[..., Any]] = {**SCENARIOS, **BENCHES}
+        for name in LAST:
+            everything[name] = everything.pop(name)
         only = tuple(self.options.only)
         if not only:
             return everything
@@ -135,26 +168,48 @@ class Check:
 
     def run(self) -> bool:
         from gpu_check.budgets import BENCHES
+        from gpu_check.scenarios import SECONDS
 
         for name, function in self.wanted().items():
             if self.left() <= 0:
                 self.report(name, "not run", 0, "no time was left")
                 continue
             begun = time.monotonic()
-            result, detail, rows = self.one(name, function, name in BENCHES)
+            measures = name in BENCHES
+            most = SECONDS.get(name, MEASUREMENT_SECONDS if measures else SCENARIO_SECONDS)
+            result, detail, rows, starts = self.one(name, function, measures, most)
             self.rows += rows
-            self.report(name, result, time.monotonic() - begun, detail)
+            self.report(name, result, time.monotonic() - begun, detail, starts)
         return all(each["result"] in ("passed", "skipped") for each in self.scenarios)
 
-    def one(self, name: str, function: Callable[..., Any], measures: bool) -> tuple[str, str, list[Any]]:
-        """(result, detail, rows)"""
-        from gpu_check.rows import as_fake
-        from gpu_check.world import Skipped, World
+    def one(
+        self, name: str, function: Callable[..., Any], measures: bool, most: float
+    ) -> tuple[str, str, list[Any], list[Any]]:
+        """(result, detail, rows, what its sidecars said of their starts)"""
+        from gpu_check.world import World
 
         place = self.place / name
         place.mkdir()
         world = World(self.gpu, self.sizes, place, self.fake, self.torch)
-        most = MEASUREMENT_SECONDS if measures else SCENARIO_SECONDS
+        result, detail, rows = self.tried(world, function, measures, most)
+        # Again and again: each thing that cannot be ended is given up.
+        signal.setitimer(signal.ITIMER_REAL, CLOSING_SECONDS, CLOSING_SECONDS)
+        try:
+            world.close()
+        except (Exception, TimeUp):
+            detail = f"{detail}\nwhat it started could not be ended:\n{traceback.format_exc()}"
+            result = "failed"
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        return result, detail, rows, world.starts
+
+    def tried(
+        self, world: World, function: Callable[..., Any], measures: bool, most: float
+    ) -> tuple[str, str, list[Any]]:
+        """(result, detail, rows)"""
+        from gpu_check.rows import as_fake
+        from gpu_check.world import Skipped
+
         whole = self.left() < most
         signal.setitimer(signal.ITIMER_REAL, max(0.1, min(self.left(), most)))
         try:
@@ -172,20 +227,29 @@ class Check:
         except TimeUp:
             if whole:
                 return "not run", "the time ran out in its middle", []
-            return "failed", f"not at its end after {most} s\n{world.explain()}", []
+            return "failed", f"not at its end after {most:g} s\n{explain(world)}", []
         except Exception as error:
             signal.setitimer(signal.ITIMER_REAL, 0)
             trace = traceback.format_exc() if not isinstance(error, AssertionError) else str(error)
-            return "failed", f"{trace}\n{world.explain()}", []
+            return "failed", f"{trace}\n{explain(world)}", []
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            world.close()
 
-    def report(self, name: str, result: str, seconds: float, detail: str) -> None:
+    def report(self, name: str, result: str, seconds: float, detail: str, starts: Sequence[Any] = ()) -> None:
         self.scenarios.append(
-            {"name": name, "result": result, "seconds": round(seconds, 2), "detail": detail}
+            {
+                "name": name,
+                "result": result,
+                "seconds": round(seconds, 2),
+                "detail": detail,
+                "starts": list(starts),
+            }
         )
         print(f"{name:30} {result:8} {seconds:6.1f} s  {detail}", flush=True)
+        if starts and not self.told_start:
+            self.told_start = True
+            figures = ", ".join(f"{key} {value}" for key, value in starts[0].items())
+            print(f"{'':30} the first start of a sidecar: {figures}", flush=True)
         # After each: what was found stays, whatever comes.
         self.write()
 
@@ -227,8 +291,22 @@ def time_up(_number: int, _frame: FrameType | None) -> None:
     raise TimeUp
 
 
+def checked(options: argparse.Namespace, gpu: dict[str, Any], place: Path, fake: Path | None) -> int:
+    check = Check(options, gpu, place, fake)
+    signal.signal(signal.SIGALRM, time_up)
+    print(
+        f"{gpu['name']} ({gpu['uuid']}), CUDA {gpu['cuda']}, torch: {'yes' if check.torch else 'no'}",
+        flush=True,
+    )
+    well = check.run()
+    check.summary()
+    check.write()
+    return 0 if well else 1
+
+
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # Short: sockets lie in folders beside it, and their names have at most 107 bytes.
     place = Path(tempfile.mkdtemp(prefix="pgc-", dir="/tmp"))
     try:
@@ -237,17 +315,8 @@ def main() -> int:
         if "reason" in gpu:
             print(f"no GPU: {gpu['reason']}")
             return NO_GPU
-        check = Check(options, gpu, place, fake)
-        signal.signal(signal.SIGALRM, time_up)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        print(
-            f"{gpu['name']} ({gpu['uuid']}), CUDA {gpu['cuda']}, torch: {'yes' if check.torch else 'no'}",
-            flush=True,
-        )
-        well = check.run()
-        check.summary()
-        check.write()
-        return 0 if well else 1
+        with held_gpu():
+            return checked(options, gpu, place, fake)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

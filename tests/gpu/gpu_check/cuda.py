@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_ulonglong, c_void_p
 from typing import Any
 
@@ -10,9 +12,9 @@ Address = c_ulonglong
 Handle = c_void_p
 
 NO_DEVICE, NOT_READY = 100, 600
-DISABLE_TIMING = 2
+DISABLE_TIMING, INTERPROCESS = 2, 4
 NON_BLOCKING = 1
-SOURCE_ORDER_STREAM = 1
+SOURCE_ORDER_STREAM, SOURCE_ORDER_ANY = 1, 3
 
 
 class Location(ctypes.Structure):
@@ -40,7 +42,14 @@ class MemcpyAttributes(ctypes.Structure):
     _fields_ = [("order", c_int), ("source", Location), ("destination", Location), ("flags", c_uint)]
 
 
+class IpcHandle(ctypes.Structure):
+    """Of memory or of an event."""
+
+    _fields_ = [("reserved", c_ubyte * 64)]
+
+
 PINNED, POSIX_FD, ON_DEVICE, READ_WRITE = 1, 1, 1, 3
+FABRIC = 8
 
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -49,11 +58,13 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
     "cuDeviceGetUuid_v2": (c_void_p, c_int),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(Handle), c_int),
     "cuCtxSetCurrent": (Handle,),
     "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuMemAlloc_v2": (POINTER(Address), c_size_t),
     "cuMemFree_v2": (Address,),
+    "cuMemGetAddressRange_v2": (POINTER(Address), POINTER(c_size_t), Address),
     "cuMemsetD8Async": (Address, c_ubyte, c_size_t, Handle),
     "cuMemcpyHtoD_v2": (Address, c_void_p, c_size_t),
     "cuMemcpyDtoH_v2": (c_void_p, Address, c_size_t),
@@ -68,6 +79,11 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuEventRecord": (Handle, Handle),
     "cuEventQuery": (Handle,),
     "cuEventDestroy_v2": (Handle,),
+    "cuIpcGetEventHandle": (POINTER(IpcHandle), Handle),
+    "cuIpcOpenEventHandle": (POINTER(Handle), IpcHandle),
+    "cuIpcGetMemHandle": (POINTER(IpcHandle), Address),
+    "cuIpcOpenMemHandle_v2": (POINTER(Address), IpcHandle, c_uint),
+    "cuIpcCloseMemHandle": (Address,),
     "cuLaunchHostFunc": (Handle, c_void_p, c_void_p),
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
     "cuMemHostUnregister": (c_void_p,),
@@ -79,6 +95,7 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuMemMap": (Address, c_size_t, c_size_t, Address, c_ulonglong),
     "cuMemUnmap": (Address, c_size_t),
     "cuMemSetAccess": (Address, c_size_t, POINTER(AccessDesc), c_size_t),
+    "cuMemExportToShareableHandle": (c_void_p, Address, c_int, c_ulonglong),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
     "cuGetProcAddress_v2": (c_char_p, POINTER(c_void_p), c_int, c_ulonglong, POINTER(c_int)),
 }
@@ -190,7 +207,21 @@ def find() -> dict[str, Any]:
         return {"reason": str(error)}
 
 
-if __name__ == "__main__":
-    import json
+def hold() -> None:
+    """Keeps a context of the first device until nobody is left at the other end of standard input.
 
-    print(json.dumps(find()))
+    Without the driver's persistence mode the device is shut down whenever its last process ends, and every first
+    process after that waits for seconds.
+    """
+    driver, context = Driver(), Handle()
+    driver.cuInit(0)
+    driver.cuDevicePrimaryCtxRetain(byref(context), 0)
+    print("held", flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["hold"]:
+        hold()
+    else:
+        print(json.dumps(find()))

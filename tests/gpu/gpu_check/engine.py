@@ -18,6 +18,7 @@ from gpu_check.device import MIB, Allocation, Bytes, DriverDevice, HostBuffer
 
 STAGING = 256 * MIB
 GARBAGE = 0xEE
+EVENTS = 64
 
 
 def _flat(array: Bytes) -> Bytes:
@@ -47,7 +48,8 @@ class DeviceEngine(FakeEngine):
 
     def _place(self) -> dict[str, Any]:
         self.device.wait()  # the canary is there
-        return {"cuda": True, "base": self.kv.address}
+        # test_device_faults counts on this number of events, whatever the client's own is.
+        return {"cuda": True, "base": self.kv.address, "events": EVENTS}
 
     def register(self) -> None:
         self.seed += self.seed_error

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Sizes:
     decode_blocks: int
 
 
+START_FIGURES = ("touch_ms", "pin_ms", "copies", "huge_pages")
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PAGE = 64 * KIB
 
@@ -199,6 +201,7 @@ class World:
         self.device = f"gpu-{gpu['uuid']}"
         self.sidecars: list[Sidecar] = []
         self.engines: list[Engine] = []
+        self.starts: list[dict[str, Any]] = []
 
     # ---- processes -----------------------------------------------------------
 
@@ -235,12 +238,27 @@ class World:
         return "\n".join(shown)
 
     def close(self) -> None:
-        self.faults()
-        for engine in self.engines:
-            engine.kill()
-        for sidecar in self.sidecars:
-            sidecar.close()
+        """Ends everything, even if one thing cannot be ended."""
+        engines, sidecars = self.engines, self.sidecars
         self.engines, self.sidecars = [], []
+        with ExitStack() as stack:
+            # The last comes first.
+            for sidecar in reversed(sidecars):
+                stack.callback(sidecar.close)
+                stack.callback(self.note_starts, sidecar)
+            for engine in reversed(engines):
+                stack.callback(engine.kill)
+            self.faults()
+
+    def note_starts(self, sidecar: Sidecar) -> None:
+        """What a sidecar says of its pool, each time that it starts."""
+        if not sidecar.log.exists():
+            return
+        for line in sidecar.log.read_text(errors="replace").splitlines():
+            if '"the pool is pinned"' in line:
+                with suppress(ValueError, KeyError):
+                    said = json.loads(line)
+                    self.starts.append({name: said[name] for name in START_FIGURES})
 
     # ---- the fake device -------------------------------------------------------
 
