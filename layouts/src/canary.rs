@@ -6,7 +6,9 @@
 //!
 //! Word `i` of a record in `[L, H, N, C]` order, little endian, is `splitmix64(seed + i)`.
 
+use crate::content::Role;
 use crate::shape::LogicalShape;
+use crate::shard::Shard;
 
 /// What the canary says about a block that was read.
 #[non_exhaustive]
@@ -34,6 +36,28 @@ pub enum CanaryMismatch {
         /// State.
         state: u32,
         /// Byte of the content.
+        byte: u32,
+        /// What the canary has there.
+        expected: u8,
+        /// What was read.
+        got: u8,
+    },
+    /// A byte of a shard is not where its description says.
+    #[error(
+        "layout canary: expected {expected:#04x} in {role} of layer {layer}, head {head}, state {state}, byte {byte}, \
+         got {got:#04x}; the engine stores this cache in another way than it says, run it without pillion \
+         and report its version"
+    )]
+    Element {
+        /// Plane.
+        role: Role,
+        /// Layer of the model.
+        layer: u32,
+        /// Head of the model.
+        head: u32,
+        /// State.
+        state: u32,
+        /// Byte of the (head, state).
         byte: u32,
         /// What the canary has there.
         expected: u8,
@@ -76,4 +100,34 @@ pub fn canary_check(seed: u64, shape: LogicalShape, record: &[u8]) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// Compares a block that was read into the form of `record` (see [`Shard::record`]) with the canary.
+///
+/// Of layouts whose block stride is only declared, check the first and the last block, with
+/// different seeds.
+pub fn canary_check_record(seed: u64, record: &Shard, bytes: &[u8]) -> Result<(), CanaryMismatch> {
+    let (expected, got) = (record.block_bytes(), bytes.len() as u64);
+    if expected != got {
+        return Err(CanaryMismatch::Length { expected, got });
+    }
+    let differs = (0u64..).zip(bytes).find(|(index, got)| canary_byte(seed, *index) != **got);
+    let Some((index, got)) = differs else { return Ok(()) };
+    let expected = canary_byte(seed, index);
+    for piece in record.pieces() {
+        let plane = &record.content().planes()[piece.part.plane];
+        for layer in piece.part.layers.iter().copied() {
+            for (head, state) in
+                piece.part.heads.clone().flat_map(|head| (0..plane.states).map(move |state| (head, state)))
+            {
+                let Some(at) = record.address(piece.part.plane, 0, layer, head, state) else { continue };
+                if (at..at + u64::from(plane.bytes)).contains(&index) {
+                    let (role, byte, got) = (plane.role, (index - at) as u32, *got);
+                    return Err(CanaryMismatch::Element { role, layer, head, state, byte, expected, got });
+                }
+            }
+        }
+    }
+    // A record has no gaps, so this is not reached.
+    Err(CanaryMismatch::Length { expected: record.block_bytes(), got: index })
 }

@@ -13,6 +13,11 @@
 //!   plan saves and loads.
 //! - Records are block-contiguous and head-contiguous, `[L, H, N, C]`, whatever the engine's order.
 //!
+//! Two models live side by side. [`Layout`], [`plan()`] and [`vllm::layout`] serve one group of full
+//! attention on one rank. [`BlockContent`], [`Shard`] and [`plan_between`] serve everything else: any
+//! covered layout ([`vllm::groups`], [`tensorrt_llm`], [`sglang`], [`blade_kvt`]) and any set of ranks,
+//! to any other of equal content.
+//!
 //! ```
 //! use pillion_layouts::{plan, vllm};
 //!
@@ -42,17 +47,31 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod attention;
+mod axes;
+pub mod blade_kvt;
 mod canary;
+mod content;
+mod disjoint;
 mod layout;
+mod nest;
 mod plan;
 mod refusal;
+pub mod sglang;
 mod shape;
+mod shard;
 #[cfg(test)]
 mod simulation;
+pub mod tensorrt_llm;
+mod transfer;
 pub mod vllm;
 
-pub use canary::{CanaryMismatch, canary_byte, canary_check, canary_fill};
+pub use attention::Attention;
+pub use canary::{CanaryMismatch, canary_byte, canary_check, canary_check_record, canary_fill};
+pub use content::{BlockContent, Plane, Rank, Role};
 pub use layout::{Content, Dim, Layout, Region};
 pub use plan::{BlockPlan, Segment, Segments, StridedCopy, plan};
 pub use refusal::Refusal;
 pub use shape::{Dtype, Kind, LogicalShape, Order, Sharding};
+pub use shard::{Extent, Part, Piece, Shard};
+pub use transfer::{Plan, Run, ShardCopy, plan_between};

@@ -228,6 +228,145 @@ pub enum Refusal {
         /// Stride of this one.
         got: u64,
     },
+    /// A rank that does not exist.
+    #[error("rank: expected one below {size}, got {index}; the engine's parallel configuration is damaged")]
+    Rank {
+        /// What came.
+        index: u32,
+        /// Number of ranks.
+        size: u32,
+    },
+    /// Heads do not divide between the ranks.
+    #[error(
+        "{role}, {heads} heads: expected them to divide between {ranks} ranks; this form of sharding is not \
+         served, choose a tensor-parallel size that divides them"
+    )]
+    Uneven {
+        /// What is divided.
+        role: String,
+        /// How many there are.
+        heads: u32,
+        /// Number of ranks.
+        ranks: u32,
+    },
+    /// A plane has no format, so it could not be told from another.
+    #[error("{role}: expected the name of a format, got an empty one; the description is incomplete")]
+    NoFormat {
+        /// Which plane.
+        role: String,
+    },
+    /// A logical element is described twice.
+    #[error(
+        "{role} of layer {layer}, head {head}: expected it once, got it again; the description is inconsistent"
+    )]
+    HeldTwice {
+        /// Which plane.
+        role: String,
+        /// Layer of the model.
+        layer: u32,
+        /// Head of the model.
+        head: u32,
+    },
+    /// A range of heads is empty, beyond the model's, or part of what cannot be divided.
+    #[error(
+        "{role}: expected a range within {heads} heads, all of them if ranks hold copies, got {start} to {end}; \
+         the description is damaged"
+    )]
+    HeadRange {
+        /// Which plane.
+        role: String,
+        /// First head.
+        start: u32,
+        /// One past the last.
+        end: u32,
+        /// Heads of the plane.
+        heads: u32,
+    },
+    /// The digits of the state axis do not make its length.
+    #[error("{role}: expected {expected} states in a block, got {got}; the description is damaged")]
+    States {
+        /// Which plane.
+        role: String,
+        /// States of the plane.
+        expected: u64,
+        /// What is described.
+        got: u64,
+    },
+    /// Two logical elements lie on one byte, or that cannot be excluded.
+    #[error(
+        "pieces of a shard: expected disjoint bytes, they overlap or interleave in a way that is not known; \
+         report the layout with the engine's version"
+    )]
+    SharedBytes,
+    /// Source and destination hold different things.
+    #[error(
+        "content: expected `{expected}`, got `{got}`; only caches of equal content are copied into each other, \
+         use the same model, block size and cache dtype on both sides"
+    )]
+    ContentDiffers {
+        /// What the first shard holds.
+        expected: String,
+        /// What another holds.
+        got: String,
+    },
+    /// The destination wants what no source has.
+    #[error(
+        "{role} of layer {layer}, head {head}: expected a source that holds it, got none; \
+         hand over the shards of all ranks"
+    )]
+    NoSource {
+        /// Which plane.
+        role: String,
+        /// Layer of the model.
+        layer: u32,
+        /// Head of the model.
+        head: u32,
+    },
+    /// Kernel blocks of two sides do not divide each other.
+    #[error(
+        "{role}: expected kernel blocks that divide each other, they do not; \
+         set both engines to block sizes of which one divides the other"
+    )]
+    KernelBlocks {
+        /// Which plane.
+        role: String,
+    },
+    /// A layer's name does not say which layer of the model it is.
+    #[error(
+        "layer `{name}`: expected exactly one number in its name; it cannot be matched with other engines'"
+    )]
+    LayerNumber {
+        /// The name, shortened.
+        name: String,
+    },
+    /// A number of an engine's description does not follow from the others.
+    #[error(
+        "{what}: expected {expected}, got {got}; this form of the layout is not known, report it with the engine's version"
+    )]
+    Inconsistent {
+        /// Which number.
+        what: &'static str,
+        /// What follows from the rest.
+        expected: u64,
+        /// What came.
+        got: u64,
+    },
+    /// A buffer's role is not known, or not part of the described content.
+    #[error(
+        "role of a buffer: expected key, value or index_key as the group's content has them, got `{got}`"
+    )]
+    UnknownRole {
+        /// What came, shortened.
+        got: String,
+    },
+    /// A form that is known, and not served.
+    #[error("{what}: not served, because {why}")]
+    NotServed {
+        /// What was asked for.
+        what: &'static str,
+        /// Why not.
+        why: &'static str,
+    },
 }
 
 /// Text from outside, made safe for one line of a log: escaped and at most 64 characters.

@@ -22,6 +22,12 @@
 //! would be served with whatever lies in its blocks, and no canary covers it. (0.31 leaves the end
 //! of a layer-first cache unused where a backend aligns its blocks; that is refused, too.)
 
+pub mod groups;
+mod packing;
+
+pub(crate) use packing::Cells;
+pub use packing::{Packing, StatePart};
+
 use crate::layout::{Content, Dim, Layout, Region};
 use crate::refusal::Refusal;
 use crate::shape::{LogicalShape, Order, Sharding};
