@@ -1,0 +1,268 @@
+//! A directory on a file system: whose it is, its lock, its files.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FallocateFlags, FlockOperation, Mode, OFlags},
+    io::Errno,
+    process::{Resource, Rlimit},
+};
+
+use crate::{
+    error::OpenError,
+    format::{DirectoryId, SECTOR, Superblock},
+    memory::Aligned,
+};
+
+/// The file that says that a directory is ours.
+pub const SUPERBLOCK: &str = "pillion-ssd";
+const NEW: &str = "pillion-ssd.new";
+const SEGMENT_BYTES_MIN: u64 = 64 << 10;
+const SEGMENT_BYTES_MAX: u64 = 4 << 30;
+
+/// Why a directory is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// To write. A new directory gets segments of this length; one that is there keeps its own.
+    Own {
+        /// A multiple of 4096.
+        segment_bytes: u64,
+    },
+    /// To look: nothing is written.
+    Inspect,
+}
+
+/// An opened, locked directory.
+#[derive(Debug)]
+pub struct Directory {
+    path: PathBuf,
+    /// The lock lives as long as this.
+    _lock: File,
+    block: Superblock,
+    writable: bool,
+    files: Vec<Option<OwnedFd>>,
+}
+
+impl Directory {
+    /// Opens a directory of this tier, or makes an empty one ours.
+    ///
+    /// # Errors
+    /// Whatever is not ours is refused and left as it is.
+    pub fn open(path: &Path, purpose: Use) -> Result<Self, OpenError> {
+        if let Use::Own { segment_bytes } = purpose {
+            let in_range = (SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&segment_bytes);
+            if !in_range || !segment_bytes.is_multiple_of(SECTOR as u64) {
+                let expected =
+                    format!("a multiple of {SECTOR}, {SEGMENT_BYTES_MIN} to {SEGMENT_BYTES_MAX} bytes");
+                return Err(OpenError::Setting { what: "segment length", expected, got: segment_bytes });
+            }
+        }
+        let marker = path.join(SUPERBLOCK);
+        if !marker.exists() {
+            match purpose {
+                Use::Own { segment_bytes } => make_ours(path, segment_bytes)?,
+                Use::Inspect => return Err(not_ours(path)),
+            }
+        }
+        let mut lock = File::open(&marker).map_err(|source| failed(&marker, "open", source))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
+            Errno::WOULDBLOCK => OpenError::Busy { path: marker.clone() },
+            errno => failed(&marker, "lock", errno.into()),
+        })?;
+        let mut bytes = Vec::new();
+        lock.by_ref()
+            .take(SECTOR as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|source| failed(&marker, "read", source))?;
+        let block = Superblock::decode(&bytes)
+            .map_err(|source| OpenError::Refused { path: marker.clone(), source })?;
+        allow_many_files();
+        let writable = purpose != Use::Inspect;
+        let mut directory = Self { path: path.to_owned(), _lock: lock, block, writable, files: Vec::new() };
+        directory.open_files()?;
+        Ok(directory)
+    }
+
+    /// Whose directory.
+    pub fn superblock(&self) -> Superblock {
+        self.block
+    }
+
+    /// Numbers of the segment files.
+    pub fn slots(&self) -> Vec<u32> {
+        let there = self.files.iter().enumerate().filter(|(_, file)| file.is_some());
+        there.map(|(slot, _)| slot as u32).collect()
+    }
+
+    /// Removes segment files from this number on: the capacity was lowered.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn shrink(&mut self, slots: u32) -> Result<(), OpenError> {
+        for slot in self.slots().into_iter().filter(|slot| *slot >= slots) {
+            let path = self.segment_path(slot);
+            self.files[slot as usize] = None;
+            fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn file(&self, slot: u32) -> Option<&OwnedFd> {
+        self.files.get(slot as usize)?.as_ref()
+    }
+
+    /// Makes a segment file with all its blocks, durably: its records may be acknowledged as such.
+    pub(super) fn prepare(&mut self, slot: u32) -> Result<(), Errno> {
+        if self.file(slot).is_some() {
+            return Ok(());
+        }
+        let path = self.segment_path(slot);
+        let flags = OFlags::RDWR
+            | OFlags::CREATE
+            | OFlags::EXCL
+            | OFlags::DIRECT
+            | OFlags::CLOEXEC
+            | OFlags::NOFOLLOW;
+        let file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR)?;
+        let filled = match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, self.block.segment_bytes)
+        {
+            // No preallocation here: room can run out while writing, which retires the segment.
+            Err(Errno::OPNOTSUPP) => rustix::fs::ftruncate(&file, self.block.segment_bytes),
+            other => other,
+        };
+        let synced = filled.and_then(|()| rustix::fs::fsync(&file)).and_then(|()| {
+            let directory = rustix::fs::open(&self.path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+            rustix::fs::fsync(directory)
+        });
+        if let Err(errno) = synced {
+            // It is new and ours: half a file would be in the way.
+            let _ = rustix::fs::unlink(&path);
+            return Err(errno);
+        }
+        self.keep(slot, file);
+        Ok(())
+    }
+
+    fn keep(&mut self, slot: u32, file: OwnedFd) {
+        let slot = slot as usize;
+        if self.files.len() <= slot {
+            self.files.resize_with(slot + 1, || None);
+        }
+        self.files[slot] = Some(file);
+    }
+
+    fn segment_path(&self, slot: u32) -> PathBuf {
+        self.path.join(format!("{slot:08}.segment"))
+    }
+
+    /// Files of another name or another length are not touched.
+    fn open_files(&mut self) -> Result<(), OpenError> {
+        let mode = if self.writable { OFlags::RDWR } else { OFlags::RDONLY };
+        for name in names(&self.path)? {
+            let number = name.strip_suffix(".segment").filter(|digits| digits.len() == 8);
+            let Some(slot) = number.and_then(|digits| digits.parse::<u32>().ok()) else { continue };
+            if slot >= SLOTS_MAX {
+                continue;
+            }
+            let path = self.path.join(&name);
+            let flags = mode | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+            let file = rustix::fs::open(&path, flags, Mode::empty()).map_err(|errno| match errno {
+                Errno::INVAL => OpenError::NoDirectIo { path: path.clone() },
+                errno => failed(&path, "open", errno.into()),
+            })?;
+            let stat = rustix::fs::fstat(&file).map_err(|errno| failed(&path, "look at", errno.into()))?;
+            let whole = stat.st_size as u64 == self.block.segment_bytes;
+            if whole {
+                self.keep(slot, file);
+            } else if self.writable {
+                // Made and not filled when the power went: it never had a record.
+                fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Segment files of one directory.
+pub const SLOTS_MAX: u32 = 1 << 20;
+
+fn failed(path: &Path, doing: &'static str, source: io::Error) -> OpenError {
+    OpenError::Io { path: path.to_owned(), doing, source }
+}
+
+fn names(path: &Path) -> Result<Vec<String>, OpenError> {
+    let entries = fs::read_dir(path).map_err(|source| failed(path, "list", source))?;
+    let name = |entry: io::Result<fs::DirEntry>| Ok(entry?.file_name().to_string_lossy().into_owned());
+    entries.map(name).collect::<io::Result<_>>().map_err(|source| failed(path, "list", source))
+}
+
+fn foreign(path: &Path) -> Result<Option<String>, OpenError> {
+    // `lost+found` is the file system's; NEW is what a crash left of `make_ours`.
+    Ok(names(path)?.into_iter().find(|name| name != "lost+found" && name != NEW))
+}
+
+fn not_ours(path: &Path) -> OpenError {
+    match foreign(path) {
+        Ok(found) => {
+            OpenError::NotOurs { path: path.to_owned(), found: found.unwrap_or_else(|| "nothing".into()) }
+        }
+        Err(error) => error,
+    }
+}
+
+/// Puts a superblock into an empty directory: whole, or not at all.
+fn make_ours(path: &Path, segment_bytes: u64) -> Result<(), OpenError> {
+    if foreign(path)?.is_some() {
+        return Err(not_ours(path));
+    }
+    let new = path.join(NEW);
+    check_direct_io(&new)?;
+    let directory = DirectoryId(random().map_err(|source| failed(path, "draw a random id for", source))?);
+    let mut sector = Aligned::zeroed(SECTOR);
+    Superblock { directory, segment_bytes }.encode(sector.bytes_mut());
+    let write = || {
+        fs::write(&new, sector.bytes())?;
+        File::open(&new)?.sync_all()?;
+        fs::rename(&new, path.join(SUPERBLOCK))?;
+        File::open(path)?.sync_all()
+    };
+    write().map_err(|source| failed(&new, "write", source))
+}
+
+/// A terabyte of segments is thousands of open files; the soft limit is often 1,024.
+fn allow_many_files() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    // Best effort: opening a file says what is wrong, if anything is.
+    let _ = rustix::process::setrlimit(
+        Resource::Nofile,
+        Rlimit { current: limit.maximum, maximum: limit.maximum },
+    );
+}
+
+/// Before the directory is ours: a file system without direct I/O is no home.
+fn check_direct_io(new: &Path) -> Result<(), OpenError> {
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    match rustix::fs::open(new, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(_) => Ok(()),
+        Err(Errno::INVAL) => {
+            let _ = fs::remove_file(new);
+            Err(OpenError::NoDirectIo { path: new.to_owned() })
+        }
+        Err(errno) => Err(failed(new, "create", errno.into())),
+    }
+}
+
+/// Sixteen random bytes.
+///
+/// # Errors
+/// The kernel has none.
+pub fn random() -> io::Result<[u8; 16]> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| io::Error::other(error.to_string()))?;
+    Ok(bytes)
+}

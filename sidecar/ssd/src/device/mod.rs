@@ -1,0 +1,141 @@
+//! One directory's files, as operations that are submitted and complete.
+
+pub mod directory;
+#[cfg(any(test, feature = "faulty"))]
+pub mod faulty;
+pub mod threads;
+pub mod uring;
+
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    format::Superblock,
+    memory::{Aligned, Extent},
+};
+
+/// A piece of memory of an operation. Owned ones belong to the device until the completion.
+#[derive(Debug)]
+pub enum Part {
+    /// Of the host pool.
+    Pool(Extent),
+    /// A buffer that comes back with the completion.
+    Owned(Aligned),
+}
+
+impl Part {
+    /// Its length.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Pool(extent) => extent.bytes,
+            Self::Owned(buffer) => buffer.len() as u64,
+        }
+    }
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum What {
+    /// Make the segment file with its full length on the disk, durably. Waited for: rare.
+    Prepare,
+    /// Read into the parts.
+    Read,
+    /// Write the parts.
+    Write,
+    /// Everything that was written to this file and completed is on stable storage when this completes.
+    Sync,
+}
+
+/// An operation on one segment file. Offsets and lengths are whole sectors.
+#[derive(Debug)]
+pub struct Op {
+    /// Names it in its completion.
+    pub ticket: u64,
+    /// The file's number.
+    pub slot: u32,
+    /// What to do.
+    pub what: What,
+    /// Where in the file.
+    pub at: u64,
+    /// From or into which memory.
+    pub parts: Vec<Part>,
+}
+
+impl Op {
+    /// Bytes that have to be moved: not one less, not one more.
+    pub fn bytes(&self) -> u64 {
+        self.parts.iter().map(Part::bytes).sum()
+    }
+}
+
+/// What an operation came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum IoError {
+    /// The kernel's answer.
+    #[error("{}", std::io::Error::from_raw_os_error(*.0))]
+    Os(i32),
+    /// Not as many bytes as were asked for: success is an exact length.
+    #[error("expected {expected} bytes, the device moved {came}")]
+    Length {
+        /// Asked for.
+        expected: u64,
+        /// Came.
+        came: u64,
+    },
+}
+
+impl IoError {
+    /// Whether the disk is full, which is nobody's fault.
+    pub fn is_no_space(self) -> bool {
+        // ENOSPC, EDQUOT
+        matches!(self, Self::Os(28 | 122))
+    }
+}
+
+/// The end of an operation.
+#[derive(Debug)]
+pub struct Completion {
+    /// The operation's.
+    pub ticket: u64,
+    /// Exactly all bytes, or not.
+    pub result: Result<(), IoError>,
+    /// The parts that it was given.
+    pub parts: Vec<Part>,
+}
+
+impl Completion {
+    /// Judges a byte count: the exact-length rule.
+    pub fn judge(op: Op, moved: Result<u64, i32>) -> Self {
+        let expected = op.bytes();
+        let result = match moved {
+            Ok(came) if came == expected => Ok(()),
+            Ok(came) => Err(IoError::Length { expected, came }),
+            Err(errno) => Err(IoError::Os(errno)),
+        };
+        Self { ticket: op.ticket, result, parts: op.parts }
+    }
+}
+
+/// Wakes a thread that waits for completions.
+pub trait Wake: Send + Sync {
+    /// Ends the current or the next wait.
+    fn wake(&self);
+}
+
+/// A directory that does operations. One owner.
+pub trait Device {
+    /// Which engine this is, for logs and metrics.
+    fn engine(&self) -> &'static str;
+    /// Whose directory.
+    fn superblock(&self) -> Superblock;
+    /// Numbers of the segment files that are there.
+    fn slots(&self) -> Vec<u32>;
+    /// Operations that may be in flight at once. The caller keeps to it.
+    fn depth(&self) -> usize;
+    /// Takes an operation. It starts with the next `wait` at the latest.
+    fn submit(&mut self, op: Op);
+    /// Waits for completions, at most so long; returns at once if there are some. Without operations in
+    /// flight it waits for the time, or for `wake`.
+    fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>);
+    /// Something that ends a wait from another thread.
+    fn waker(&self) -> Arc<dyn Wake>;
+}

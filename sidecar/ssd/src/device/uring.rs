@@ -1,0 +1,409 @@
+//! io_uring, with the host pool and the segment files registered. One ring, owned by the thread that made it.
+//!
+//! Memory in flight belongs to this module: operations are kept here until all of their completions have come,
+//! also when the engine is dropped.
+#![expect(unsafe_code, reason = "the kernel reads and writes memory by its address")]
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use io_uring::{IoUring, opcode, squeue, types};
+use rustix::event::EventfdFlags;
+
+use super::{Completion, Device, Op, Part, Wake, What, directory::Directory, threads::PARTS_MAX};
+use crate::{
+    format::Superblock,
+    memory::{Extent, Memory},
+};
+
+const ENTRIES: u32 = 256;
+const COMPLETIONS: u32 = 4096;
+/// Operations in flight: beyond it a device only queues.
+const DEPTH: usize = 64;
+/// The kernel's bound for one registered buffer.
+const BUFFER_BYTES: u64 = 1 << 30;
+const BUFFERS_MAX: u64 = 1 << 14;
+/// Registered files; a slot beyond is used by its descriptor.
+const FILES: u32 = 1024;
+/// Shorter parts are gathered into one vectored write; from here on a part goes alone, from the registered
+/// buffer.
+const ALONE_BYTES: u64 = 128 << 10;
+const WAKE: u64 = u64::MAX;
+const EIO: i32 = 5;
+
+/// An operation that the kernel works on.
+#[derive(Debug)]
+struct Flight {
+    op: Op,
+    /// What each piece has to move.
+    expected: Vec<u64>,
+    left: usize,
+    moved: u64,
+    error: Option<i32>,
+    /// What vectored pieces point to.
+    _vectors: Vec<Box<[libc::iovec]>>,
+}
+
+/// The engine over a directory.
+pub struct Uring {
+    ring: IoUring,
+    directory: Directory,
+    memory: Arc<Memory>,
+    flights: Vec<Option<Flight>>,
+    vacant: Vec<usize>,
+    /// Entries that the submission queue had no room for yet are never kept: it is submitted instead.
+    failed: Vec<Completion>,
+    event: Arc<OwnedFd>,
+    /// What the eventfd is read into.
+    word: Box<u64>,
+    is_listening: bool,
+}
+
+impl std::fmt::Debug for Uring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Uring").field("directory", &self.directory).finish_non_exhaustive()
+    }
+}
+
+impl Uring {
+    /// Makes a ring and registers the pool. Only the calling thread may use it then.
+    ///
+    /// # Errors
+    /// The directory back, and why io_uring is refused: seccomp, `io_uring_disabled`, RLIMIT_MEMLOCK.
+    pub fn new(directory: Directory, memory: &Arc<Memory>) -> Result<Self, (Directory, io::Error)> {
+        let made = make_ring().and_then(|ring| {
+            register(&ring, &directory, memory)?;
+            let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
+            Ok((ring, Arc::new(event)))
+        });
+        match made {
+            Ok((ring, event)) => Ok(Self {
+                ring,
+                directory,
+                memory: Arc::clone(memory),
+                flights: Vec::new(),
+                vacant: Vec::new(),
+                failed: Vec::new(),
+                event,
+                word: Box::new(0),
+                is_listening: false,
+            }),
+            Err(error) => Err((directory, error)),
+        }
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: what the entry points to lives in `flights` (or is `word`) until its completion came.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            match self.ring.submit() {
+                Err(error) if !is_transient(&error) => return Err(error),
+                _ => {}
+            }
+        }
+    }
+
+    fn listen(&mut self) {
+        if self.is_listening {
+            return;
+        }
+        let word: *mut u64 = &raw mut *self.word;
+        let entry =
+            opcode::Read::new(types::Fd(self.event.as_raw_fd()), word.cast(), 8).build().user_data(WAKE);
+        self.is_listening = self.push(&entry).is_ok();
+    }
+
+    /// Cuts an operation into entries.
+    fn entries(
+        &self,
+        op: &mut Op,
+        vectors: &mut Vec<Box<[libc::iovec]>>,
+    ) -> Option<Vec<(squeue::Entry, u64)>> {
+        let fd = self.directory.file(op.slot)?.as_raw_fd();
+        let file = File { slot: op.slot, fd };
+        if op.what == What::Sync {
+            return Some(vec![(file.sync(), 0)]);
+        }
+        let is_read = op.what == What::Read;
+        let (mut entries, mut at, mut run) = (Vec::new(), op.at, Vec::new());
+        for part in &mut op.parts {
+            match part {
+                Part::Pool(extent) if extent.bytes >= ALONE_BYTES => {
+                    self.close_run(&mut run, &mut at, file, is_read, vectors, &mut entries);
+                    for piece in pieces(*extent) {
+                        let address = self.memory.address(piece)?;
+                        entries.push((file.fixed(is_read, address, piece, at), piece.bytes));
+                        at += piece.bytes;
+                    }
+                }
+                Part::Pool(extent) => run.push(iovec(self.memory.address(*extent)?, extent.bytes)),
+                Part::Owned(buffer) => run.push(iovec(buffer.address(), buffer.len() as u64)),
+            }
+            if run.len() == PARTS_MAX {
+                self.close_run(&mut run, &mut at, file, is_read, vectors, &mut entries);
+            }
+        }
+        self.close_run(&mut run, &mut at, file, is_read, vectors, &mut entries);
+        Some(entries)
+    }
+
+    fn close_run(
+        &self,
+        run: &mut Vec<libc::iovec>,
+        at: &mut u64,
+        file: File,
+        is_read: bool,
+        vectors: &mut Vec<Box<[libc::iovec]>>,
+        entries: &mut Vec<(squeue::Entry, u64)>,
+    ) {
+        let bytes: u64 = run.iter().map(|part| part.iov_len as u64).sum();
+        if bytes == 0 {
+            run.clear();
+            return;
+        }
+        let vector: Box<[libc::iovec]> = std::mem::take(run).into();
+        entries.push((file.vectored(is_read, &vector, *at), bytes));
+        *at += bytes;
+        // A box's content stays where it is when the box moves.
+        vectors.push(vector);
+    }
+
+    fn reap(&mut self, done: &mut Vec<Completion>) {
+        let Self { ring, flights, vacant, is_listening, .. } = self;
+        for entry in ring.completion() {
+            if entry.user_data() == WAKE {
+                *is_listening = false;
+                continue;
+            }
+            let (index, piece) = ((entry.user_data() >> 16) as usize, (entry.user_data() & 0xffff) as usize);
+            let Some(flight) = flights.get_mut(index).and_then(Option::as_mut) else { continue };
+            match u64::try_from(entry.result()) {
+                Err(_) => flight.error = Some(-entry.result()),
+                Ok(moved) => {
+                    flight.moved += moved;
+                    // Exactly its length, each piece by itself: two wrongs make no right.
+                    if flight.expected.get(piece) != Some(&moved) && flight.error.is_none() {
+                        flight.error = Some(0);
+                    }
+                }
+            }
+            flight.left -= 1;
+            if flight.left > 0 {
+                continue;
+            }
+            if let Some(flight) = flights[index].take() {
+                vacant.push(index);
+                let moved = match flight.error {
+                    Some(0) if flight.moved == flight.op.bytes() => Err(EIO),
+                    Some(0) | None => Ok(flight.moved),
+                    Some(errno) => Err(errno),
+                };
+                done.push(Completion::judge(flight.op, moved));
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.flights.len() - self.vacant.len()
+    }
+
+    fn enter(&mut self, timeout: Option<Duration>) {
+        let entered = match timeout {
+            None => self.ring.submit_and_wait(1),
+            Some(time) => {
+                let time = types::Timespec::new().sec(time.as_secs()).nsec(time.subsec_nanos());
+                let args = types::SubmitArgs::new().timespec(&time);
+                self.ring.submitter().submit_with_args(1, &args)
+            }
+        };
+        // Interrupted, timed out or short of memory: the caller comes again. Anything else is a ring that is
+        // no ring any more, and every operation would wait for ever.
+        if let Err(error) = entered {
+            assert!(is_transient(&error), "io_uring_enter: {error}");
+        }
+    }
+}
+
+fn is_transient(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EINTR | libc::ETIME | libc::EAGAIN | libc::EBUSY))
+}
+
+fn make_ring() -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.setup_cqsize(COMPLETIONS).setup_submit_all().setup_single_issuer().setup_defer_taskrun();
+    match builder.build(ENTRIES) {
+        // Kernels before 6.1 do not know these.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            IoUring::builder().setup_cqsize(COMPLETIONS).build(ENTRIES)
+        }
+        other => other,
+    }
+}
+
+fn register(ring: &IoUring, directory: &Directory, memory: &Memory) -> io::Result<()> {
+    let all = Extent { offset: 0, bytes: memory.bytes() };
+    if memory.bytes().div_ceil(BUFFER_BYTES) > BUFFERS_MAX {
+        return Err(io::Error::from_raw_os_error(libc::E2BIG));
+    }
+    let buffers: Option<Vec<_>> =
+        pieces(all).into_iter().map(|piece| Some(iovec(memory.address(piece)?, piece.bytes))).collect();
+    let buffers = buffers.ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
+    if !buffers.is_empty() {
+        // SAFETY: the pool's mapping lives as long as `memory`, which the engine keeps beside its ring.
+        unsafe { ring.submitter().register_buffers(&buffers) }?;
+    }
+    ring.submitter().register_files_sparse(FILES)?;
+    directory.slots().into_iter().try_for_each(|slot| register_file(ring, directory, slot))
+}
+
+fn register_file(ring: &IoUring, directory: &Directory, slot: u32) -> io::Result<()> {
+    match directory.file(slot) {
+        Some(file) if slot < FILES => {
+            ring.submitter().register_files_update(slot, &[file.as_raw_fd()]).map(drop)
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An extent, cut where one registered buffer ends and the next begins.
+fn pieces(extent: Extent) -> Vec<Extent> {
+    let (mut pieces, mut at, end) = (Vec::new(), extent.offset, extent.offset + extent.bytes);
+    while at < end {
+        let to = end.min((at / BUFFER_BYTES + 1) * BUFFER_BYTES);
+        pieces.push(Extent { offset: at, bytes: to - at });
+        at = to;
+    }
+    pieces
+}
+
+fn iovec(address: *mut u8, bytes: u64) -> libc::iovec {
+    libc::iovec { iov_base: address.cast(), iov_len: bytes as usize }
+}
+
+#[derive(Clone, Copy)]
+struct File {
+    slot: u32,
+    fd: RawFd,
+}
+
+/// Registered files and plain ones are two types with the same use.
+macro_rules! build {
+    ($file:expr, |$target:ident| $entry:expr) => {
+        if $file.slot < FILES {
+            let $target = types::Fixed($file.slot);
+            $entry.build()
+        } else {
+            let $target = types::Fd($file.fd);
+            $entry.build()
+        }
+    };
+}
+
+impl File {
+    fn sync(self) -> squeue::Entry {
+        build!(self, |file| opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC))
+    }
+
+    fn fixed(self, is_read: bool, address: *mut u8, piece: Extent, at: u64) -> squeue::Entry {
+        // A piece is at most a record, 64 MiB; a pool has at most BUFFERS_MAX buffers.
+        let (bytes, buffer) = (piece.bytes as u32, (piece.offset / BUFFER_BYTES) as u16);
+        if is_read {
+            build!(self, |file| opcode::ReadFixed::new(file, address, bytes, buffer).offset(at))
+        } else {
+            build!(self, |file| opcode::WriteFixed::new(file, address, bytes, buffer).offset(at))
+        }
+    }
+
+    fn vectored(self, is_read: bool, vector: &[libc::iovec], at: u64) -> squeue::Entry {
+        if is_read {
+            build!(self, |file| opcode::Readv::new(file, vector.as_ptr(), vector.len() as u32).offset(at))
+        } else {
+            build!(self, |file| opcode::Writev::new(file, vector.as_ptr(), vector.len() as u32).offset(at))
+        }
+    }
+}
+
+struct Waker(Arc<OwnedFd>);
+
+impl Wake for Waker {
+    fn wake(&self) {
+        // Full means that it is signalled.
+        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
+    }
+}
+
+impl Device for Uring {
+    fn engine(&self) -> &'static str {
+        "io_uring"
+    }
+    fn superblock(&self) -> Superblock {
+        self.directory.superblock()
+    }
+    fn slots(&self) -> Vec<u32> {
+        self.directory.slots()
+    }
+    fn depth(&self) -> usize {
+        DEPTH
+    }
+
+    fn submit(&mut self, mut op: Op) {
+        if op.what == What::Prepare {
+            let made = self.directory.prepare(op.slot).map_err(|errno| errno.raw_os_error());
+            let made = made.and_then(|()| {
+                register_file(&self.ring, &self.directory, op.slot)
+                    .map_err(|error| error.raw_os_error().unwrap_or(EIO))
+            });
+            self.failed.push(Completion::judge(op, made.map(|()| 0)));
+            return;
+        }
+        let mut vectors = Vec::new();
+        let entries = match self.entries(&mut op, &mut vectors) {
+            Some(entries) if (1..=usize::from(u16::MAX)).contains(&entries.len()) => entries,
+            _ => {
+                self.failed.push(Completion::judge(op, Err(libc::EINVAL)));
+                return;
+            }
+        };
+        let expected: Vec<u64> = entries.iter().map(|(_, bytes)| *bytes).collect();
+        let flight = Flight { op, left: expected.len(), expected, moved: 0, error: None, _vectors: vectors };
+        let index = self.vacant.pop().unwrap_or(self.flights.len());
+        if index == self.flights.len() {
+            self.flights.push(None);
+        }
+        self.flights[index] = Some(flight);
+        for (piece, (entry, _)) in entries.into_iter().enumerate() {
+            let entry = entry.user_data((index as u64) << 16 | piece as u64);
+            self.push(&entry).expect("a ring takes entries, or it is no ring any more");
+        }
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>) {
+        done.append(&mut self.failed);
+        self.listen();
+        let wanted = if done.is_empty() { timeout } else { Some(Duration::ZERO) };
+        self.enter(wanted);
+        self.reap(done);
+    }
+
+    fn waker(&self) -> Arc<dyn Wake> {
+        Arc::new(Waker(Arc::clone(&self.event)))
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel may still write into buffers and the pool: they are freed after its last word.
+        let mut done = Vec::new();
+        Waker(Arc::clone(&self.event)).wake();
+        while self.in_flight() > 0 || self.is_listening {
+            self.enter(None);
+            self.reap(&mut done);
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Memory that I/O reads and writes: aligned buffers, and the host pool's extents.
+#![expect(unsafe_code, reason = "turns extents of the host pool's mapping into slices")]
+
+use std::{any::Any, fmt, ptr::NonNull, sync::Arc};
+
+use crate::{device::Part, format::SECTOR};
+
+#[derive(Clone, Copy)]
+#[repr(C, align(4096))]
+struct Sector([u8; SECTOR]);
+
+/// A buffer of whole sectors at an address that O_DIRECT takes.
+#[derive(Clone)]
+pub struct Aligned(Vec<Sector>);
+
+impl Aligned {
+    /// Zeros. The length is rounded up to whole sectors.
+    pub fn zeroed(bytes: usize) -> Self {
+        Self(vec![Sector([0; SECTOR]); bytes.div_ceil(SECTOR)])
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.0.len() * SECTOR
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: `Sector` is `repr(C)` around bytes and as long as its alignment: a slice of them is a
+        // slice of bytes without padding.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.len()) }
+    }
+
+    /// The bytes, for writing.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        let bytes = self.len();
+        // SAFETY: as in `bytes`; every byte pattern is a `Sector`.
+        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), bytes) }
+    }
+
+    /// The first byte, for the kernel.
+    pub(crate) fn address(&mut self) -> *mut u8 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
+impl fmt::Debug for Aligned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Aligned({} bytes)", self.len())
+    }
+}
+
+/// A part of the host pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte, from the pool's start.
+    pub offset: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+/// The host pool as this crate sees it: one mapping, addressed by extents.
+///
+/// Whoever makes one vouches for the rule of all extents (see [`Memory::from_raw`]); with it everything else
+/// in this crate is safe.
+pub struct Memory {
+    base: NonNull<u8>,
+    bytes: u64,
+    _keep: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: the mapping may be used by any thread (contract of `from_raw`).
+unsafe impl Send for Memory {}
+// SAFETY: as above; who may touch which extent when is the contract of `from_raw`.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    /// Wraps a mapping.
+    ///
+    /// # Safety
+    /// The range is valid for reads and writes by any thread for as long as `keep` lives. An extent given to
+    /// a put is written by nobody, and one given to a get is touched by nobody else, until its outcome was
+    /// reported.
+    ///
+    /// # Panics
+    /// If it does not start on a page.
+    pub unsafe fn from_raw(base: NonNull<u8>, bytes: u64, keep: Arc<dyn Any + Send + Sync>) -> Self {
+        assert!(base.addr().get().is_multiple_of(SECTOR), "a mapping starts on a page");
+        Self { base, bytes, _keep: keep }
+    }
+
+    /// Memory of its own.
+    #[cfg(test)]
+    pub(crate) fn owned(bytes: u64) -> Self {
+        let mut buffer = Aligned::zeroed(bytes as usize);
+        let base = NonNull::new(buffer.address()).expect("a vector's address");
+        // SAFETY: the buffer's heap block neither moves nor is touched through `buffer`; tests keep the rule.
+        unsafe { Self::from_raw(base, bytes, Arc::new(buffer)) }
+    }
+
+    /// Its length.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Whether an extent lies inside, on whole sectors.
+    pub fn holds(&self, extent: Extent) -> bool {
+        let aligned = [extent.offset, extent.bytes].iter().all(|n| n.is_multiple_of(SECTOR as u64));
+        aligned && extent.offset.checked_add(extent.bytes).is_some_and(|end| end <= self.bytes)
+    }
+
+    /// Its first byte, for the kernel.
+    pub(crate) fn address(&self, extent: Extent) -> Option<*mut u8> {
+        // The offset was checked: it stays inside the mapping.
+        self.holds(extent).then(|| self.base.as_ptr().wrapping_add(extent.offset as usize))
+    }
+
+    /// Reads an extent.
+    pub(crate) fn with<R>(&self, extent: Extent, read: impl FnOnce(&[u8]) -> R) -> Option<R> {
+        let at = self.address(extent)?;
+        // SAFETY: inside the mapping; nobody writes the extent of an operation in flight (`from_raw`).
+        Some(read(unsafe { std::slice::from_raw_parts(at, extent.bytes as usize) }))
+    }
+
+    /// The bytes of an operation's parts, to be written to the disk.
+    pub(crate) fn slices<'a>(&'a self, parts: &'a [Part]) -> Option<Vec<&'a [u8]>> {
+        let slice = |part: &'a Part| match part {
+            Part::Owned(buffer) => Some(buffer.bytes()),
+            Part::Pool(extent) => {
+                let at = self.address(*extent)?;
+                // SAFETY: inside the mapping; nobody writes the extent of a put in flight (`from_raw`).
+                Some(unsafe { std::slice::from_raw_parts(at, extent.bytes as usize) })
+            }
+        };
+        parts.iter().map(slice).collect()
+    }
+
+    /// The same, to be read into.
+    pub(crate) fn slices_mut<'a>(&'a self, parts: &'a mut [Part]) -> Option<Vec<&'a mut [u8]>> {
+        let slice = |part: &'a mut Part| match part {
+            Part::Owned(buffer) => Some(buffer.bytes_mut()),
+            Part::Pool(extent) => {
+                let at = self.address(*extent)?;
+                // SAFETY: inside the mapping; nobody else touches the extent of a get in flight (`from_raw`),
+                // and an operation's parts are one extent and buffers of its own.
+                Some(unsafe { std::slice::from_raw_parts_mut(at, extent.bytes as usize) })
+            }
+        };
+        parts.iter_mut().map(slice).collect()
+    }
+
+    /// Writes an extent.
+    #[cfg(any(test, feature = "faulty"))]
+    pub(crate) fn with_mut<R>(&self, extent: Extent, write: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
+        let at = self.address(extent)?;
+        // SAFETY: inside the mapping; nobody else touches the extent of a get in flight (`from_raw`).
+        Some(write(unsafe { std::slice::from_raw_parts_mut(at, extent.bytes as usize) }))
+    }
+}
+
+impl fmt::Debug for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Memory({} bytes)", self.bytes)
+    }
+}

@@ -1,0 +1,420 @@
+//! Segments: their states, and how one is opened and sealed.
+//!
+//! ```text
+//! Absent ─prepare─► Opening ─header, sync─► Open ─full─► Sealing ─sync, footer, sync─► Sealed
+//!   Free ───────────►                                                                    │ evict
+//!    ▲                                                                                   ▼
+//!    └──────────────────────── nobody reads, what is hot is durable elsewhere ──── Draining
+//! Retired: after an I/O error, from any state; read, never written again.
+//! ```
+
+use std::collections::VecDeque;
+
+use super::{Ack, Action, DropReason, Location, Owner, Pending, Put, Store, SyncFor};
+use crate::{
+    device::{IoError, Part, What},
+    error::PutError,
+    format::{Footer, OVERHEAD, RecordKey, SECTOR, SegmentHeader, SegmentId, Superblock, footer_bytes},
+    memory::Aligned,
+};
+
+/// What a segment is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// No file yet.
+    Absent,
+    /// A file without records that matter.
+    Free,
+    /// Its header is being written.
+    Opening,
+    /// Takes records.
+    Open,
+    /// Takes no more; its footer is being written.
+    Sealing,
+    /// Complete, or found without a footer at the start: read only.
+    Sealed,
+    /// Being emptied for its next life.
+    Draining,
+    /// An I/O error: read, never written again by this process.
+    Retired,
+    /// The disk had no room for its file.
+    NoSpace,
+}
+
+/// A segment, as the policy sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentView {
+    /// The file's number.
+    pub slot: u32,
+    /// What it is doing.
+    pub state: State,
+    /// Records that can be got.
+    pub live: u32,
+    /// Bytes of their payloads.
+    pub live_bytes: u64,
+    /// How old: no record in it was written before.
+    pub first_sequence: u64,
+    /// Reads in flight.
+    pub readers: u32,
+}
+
+#[derive(Debug)]
+pub(super) struct Segment {
+    pub(super) state: State,
+    pub(super) id: SegmentId,
+    /// All records ever placed here in this life; which of them live, the index says.
+    pub(super) keys: Vec<(RecordKey, u64)>,
+    pub(super) live: u32,
+    pub(super) live_bytes: u64,
+    pub(super) first_sequence: u64,
+    pub(super) readers: u32,
+    /// Records of it that are being written elsewhere.
+    pub(super) relocating: u32,
+    /// Its records are whole, and on stable storage or about to be synced by its writer.
+    pub(super) proved: bool,
+    /// It could not be read: retire it when it is sealed.
+    pub(super) spoiled: bool,
+    pub(super) writer: Option<Box<Writer>>,
+}
+
+/// What an open segment has beside.
+#[derive(Debug)]
+pub(super) struct Writer {
+    pub(super) tail: u64,
+    pub(super) footer: Footer,
+    pub(super) in_flight: u32,
+    /// Written; told when a sync has come.
+    pub(super) waiting: Vec<Ack>,
+    /// Placed since the last good sync began.
+    pub(super) unsynced: Vec<(RecordKey, u64)>,
+    /// What the sync in flight is for.
+    pub(super) syncing: Vec<(RecordKey, u64)>,
+    pub(super) is_syncing: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Shelf {
+    pub(super) block: Superblock,
+    pub(super) segments: Vec<Segment>,
+    pub(super) open: Option<u32>,
+    pub(super) opening: bool,
+    pub(super) queue: VecDeque<Put>,
+    /// Records to be read and written again.
+    pub(super) relocate: VecDeque<(RecordKey, Location)>,
+    /// Such a read is in flight.
+    pub(super) relocation_reads: u32,
+    /// Relocations from reading to durable.
+    pub(super) relocations: u32,
+    /// Bytes that wait or are being written.
+    pub(super) load: u64,
+    /// Bytes that it was ever given: among idle directories the one that got less is next.
+    pub(super) taken_bytes: u64,
+    pub(super) strikes: u32,
+    pub(super) read_only: bool,
+    pub(super) asked_for_room: bool,
+}
+
+impl Shelf {
+    pub(super) fn new(block: Superblock, slots: u32) -> Self {
+        let segment = || Segment {
+            state: State::Absent,
+            id: SegmentId([0; 16]),
+            keys: Vec::new(),
+            live: 0,
+            live_bytes: 0,
+            first_sequence: 0,
+            readers: 0,
+            relocating: 0,
+            proved: true,
+            spoiled: false,
+            writer: None,
+        };
+        Self {
+            block,
+            segments: (0..slots).map(|_| segment()).collect(),
+            open: None,
+            opening: false,
+            queue: VecDeque::new(),
+            relocate: VecDeque::new(),
+            relocation_reads: 0,
+            relocations: 0,
+            load: 0,
+            taken_bytes: 0,
+            strikes: 0,
+            read_only: false,
+            asked_for_room: false,
+        }
+    }
+
+    /// The longest record, header and footer included, that a segment of its own holds, whatever its strings.
+    pub(super) fn record_bytes_max(&self) -> u64 {
+        let strings = 4 + crate::format::TENANT_BYTES_MAX + crate::format::FORMAT_BYTES_MAX;
+        let around = SECTOR as u64 + footer_bytes(1, strings as u64);
+        self.block.segment_bytes.saturating_sub(around).max(OVERHEAD)
+    }
+
+    pub(super) fn views(&self) -> impl Iterator<Item = SegmentView> + '_ {
+        self.segments.iter().enumerate().map(|(slot, segment)| SegmentView {
+            slot: slot as u32,
+            state: segment.state,
+            live: segment.live,
+            live_bytes: segment.live_bytes,
+            first_sequence: segment.first_sequence,
+            readers: segment.readers,
+        })
+    }
+
+    /// A segment for a new life: files that are there first.
+    pub(super) fn vacant(&self) -> Option<u32> {
+        let with = |state| self.segments.iter().position(|segment| segment.state == state);
+        with(State::Free).or_else(|| with(State::Absent)).map(|slot| slot as u32)
+    }
+
+    /// Whether something is under way after which a segment may be free, or can be evicted.
+    pub(super) fn is_moving(&self) -> bool {
+        let moving = |state| matches!(state, State::Opening | State::Open | State::Sealing | State::Draining);
+        self.segments.iter().any(|segment| moving(segment.state))
+    }
+}
+
+impl Store {
+    fn at(&mut self, shelf: usize, slot: u32) -> &mut Segment {
+        &mut self.shelves[shelf].segments[slot as usize]
+    }
+
+    /// Begins a new life of a segment.
+    pub(super) fn open_next(&mut self, shelf: usize) -> bool {
+        let Some(slot) = self.shelves[shelf].vacant() else { return false };
+        self.shelves[shelf].opening = true;
+        let was = std::mem::replace(&mut self.at(shelf, slot).state, State::Opening);
+        if was == State::Absent {
+            self.io(shelf, slot, What::Prepare, 0, Vec::new(), Pending::Prepare);
+        } else {
+            self.write_header(shelf, slot);
+        }
+        true
+    }
+
+    pub(super) fn prepared(&mut self, shelf: usize, slot: u32, result: Result<(), IoError>) {
+        match result {
+            Ok(()) => self.write_header(shelf, slot),
+            Err(error) if error.is_no_space() => {
+                // The capacity that was configured is not there: make do with the files that are.
+                self.shelves[shelf].opening = false;
+                for segment in &mut self.shelves[shelf].segments {
+                    if segment.state == State::Absent {
+                        segment.state = State::NoSpace;
+                    }
+                }
+                self.at(shelf, slot).state = State::NoSpace;
+            }
+            Err(error) => self.retire(shelf, slot, error),
+        }
+    }
+
+    fn write_header(&mut self, shelf: usize, slot: u32) {
+        let id = SegmentId((self.random)());
+        let (block, first_sequence) = (self.shelves[shelf].block, self.next_sequence);
+        let segment = self.at(shelf, slot);
+        (segment.id, segment.first_sequence, segment.proved) = (id, first_sequence, true);
+        let header = SegmentHeader {
+            directory: block.directory,
+            segment: id,
+            slot,
+            segment_bytes: block.segment_bytes,
+            first_sequence,
+        };
+        let mut sector = Aligned::zeroed(SECTOR);
+        header.encode(sector.bytes_mut());
+        self.io(shelf, slot, What::Write, 0, vec![Part::Owned(sector)], Pending::Header);
+    }
+
+    pub(super) fn header_written(&mut self, shelf: usize, slot: u32, result: Result<(), IoError>) {
+        match result {
+            // Before the first record: the footer of the earlier life must never be believed again.
+            Ok(()) => self.sync(shelf, slot, SyncFor::Open),
+            Err(error) => self.retire(shelf, slot, error),
+        }
+    }
+
+    fn sync(&mut self, shelf: usize, slot: u32, why: SyncFor) {
+        let mut acks = Vec::new();
+        if let Some(writer) = self.at(shelf, slot).writer.as_mut() {
+            acks = std::mem::take(&mut writer.waiting);
+            writer.syncing = std::mem::take(&mut writer.unsynced);
+            writer.is_syncing = true;
+        }
+        self.io(shelf, slot, What::Sync, 0, Vec::new(), Pending::Sync { why, acks });
+    }
+
+    pub(super) fn synced(
+        &mut self,
+        shelf: usize,
+        slot: u32,
+        why: SyncFor,
+        acks: Vec<Ack>,
+        result: Result<(), IoError>,
+    ) {
+        if let Err(error) = result {
+            self.fail_acks(&acks, error);
+            self.drop_unsynced(shelf, slot);
+            self.retire(shelf, slot, error);
+            return;
+        }
+        for ack in acks {
+            match ack.owner {
+                Owner::Caller(token) => {
+                    self.actions.push_back(Action::Stored { token, key: ack.key, durable: true });
+                }
+                Owner::Relocation(from) => self.relocated(from),
+            }
+        }
+        if let Some(writer) = self.at(shelf, slot).writer.as_mut() {
+            writer.is_syncing = false;
+            writer.syncing.clear();
+        }
+        match why {
+            SyncFor::Open => self.opened(shelf, slot),
+            SyncFor::Acks => self.settle(shelf, slot),
+            SyncFor::Seal => self.write_footer(shelf, slot),
+            SyncFor::Sealed => {
+                let segment = self.at(shelf, slot);
+                segment.writer = None;
+                segment.keys.shrink_to_fit();
+                segment.state = if segment.spoiled { State::Retired } else { State::Sealed };
+            }
+        }
+    }
+
+    fn opened(&mut self, shelf: usize, slot: u32) {
+        let segment = self.at(shelf, slot);
+        if segment.state != State::Opening {
+            return;
+        }
+        segment.state = State::Open;
+        segment.writer = Some(Box::new(Writer {
+            tail: SECTOR as u64,
+            footer: Footer::default(),
+            in_flight: 0,
+            waiting: Vec::new(),
+            unsynced: Vec::new(),
+            syncing: Vec::new(),
+            is_syncing: false,
+        }));
+        self.shelves[shelf].open = Some(slot);
+        self.shelves[shelf].opening = false;
+    }
+
+    /// Takes no more records; the footer follows when all writes have ended.
+    pub(super) fn seal(&mut self, shelf: usize, slot: u32) {
+        if self.shelves[shelf].open == Some(slot) {
+            self.shelves[shelf].open = None;
+        }
+        let segment = self.at(shelf, slot);
+        if segment.state == State::Open {
+            segment.state = State::Sealing;
+            self.settle(shelf, slot);
+        }
+    }
+
+    /// Seals what is open: before an orderly end, so that the next start needs no scan.
+    pub fn close(&mut self) {
+        for shelf in 0..self.shelves.len() {
+            if let Some(slot) = self.shelves[shelf].open {
+                self.seal(shelf, slot);
+            }
+        }
+    }
+
+    /// The next sync of a segment, if one is due.
+    pub(super) fn settle(&mut self, shelf: usize, slot: u32) {
+        let segment = self.at(shelf, slot);
+        let sealing = segment.state == State::Sealing;
+        let Some(writer) = segment.writer.as_ref().filter(|writer| !writer.is_syncing) else { return };
+        if sealing && writer.in_flight == 0 {
+            self.sync(shelf, slot, SyncFor::Seal);
+        } else if !writer.waiting.is_empty() {
+            self.sync(shelf, slot, SyncFor::Acks);
+        }
+    }
+
+    fn write_footer(&mut self, shelf: usize, slot: u32) {
+        let segment_bytes = self.shelves[shelf].block.segment_bytes;
+        let segment = self.at(shelf, slot);
+        let id = segment.id;
+        let Some(writer) = segment.writer.as_mut() else { return };
+        // Nothing but the footer is written from here on.
+        writer.is_syncing = true;
+        writer.footer.entries.sort_by_key(|entry| entry.position);
+        let mut buffer = Aligned::zeroed(writer.footer.bytes() as usize);
+        writer.footer.encode(id, buffer.bytes_mut());
+        let at = segment_bytes - buffer.len() as u64;
+        self.io(shelf, slot, What::Write, at, vec![Part::Owned(buffer)], Pending::Footer);
+    }
+
+    pub(super) fn footer_written(&mut self, shelf: usize, slot: u32, result: Result<(), IoError>) {
+        match result {
+            Ok(()) => self.sync(shelf, slot, SyncFor::Sealed),
+            Err(error) => self.retire(shelf, slot, error),
+        }
+    }
+
+    /// Ends a segment's writing after an error: what waits fails, what is there stays readable.
+    pub(super) fn retire(&mut self, shelf: usize, slot: u32, error: IoError) {
+        let segment = self.at(shelf, slot);
+        let was = std::mem::replace(&mut segment.state, State::Retired);
+        // Without its writer nothing syncs what was written: a put of such a record writes it elsewhere.
+        segment.proved = false;
+        if let Some(writer) = segment.writer.take() {
+            self.fail_acks(&writer.waiting, error);
+        }
+        if self.shelves[shelf].open == Some(slot) {
+            self.shelves[shelf].open = None;
+        }
+        if was == State::Opening {
+            self.shelves[shelf].opening = false;
+        }
+        if was != State::Retired && !error.is_no_space() {
+            self.strike(shelf);
+        }
+    }
+
+    /// It could not be read: not to be written again.
+    pub(super) fn spoil(&mut self, shelf: usize, slot: u32) {
+        let segment = self.at(shelf, slot);
+        match segment.state {
+            State::Sealed => segment.state = State::Retired,
+            State::Open | State::Sealing if !segment.spoiled => segment.spoiled = true,
+            State::Draining if !segment.spoiled => segment.spoiled = true,
+            _ => return,
+        }
+        self.seal(shelf, slot);
+        self.strike(shelf);
+    }
+
+    fn strike(&mut self, shelf: usize) {
+        self.shelves[shelf].strikes += 1;
+        if self.shelves[shelf].strikes >= self.limits.strikes_max && !self.shelves[shelf].read_only {
+            self.shelves[shelf].read_only = true;
+            self.actions.push_back(Action::ReadOnly { shelf });
+        }
+    }
+
+    fn fail_acks(&mut self, acks: &[Ack], error: IoError) {
+        for ack in acks {
+            self.failed(ack.owner, ack.key, PutError::Io(error));
+        }
+    }
+
+    /// After a failed sync nobody knows what of the last writes is on the disk; not even a second sync tells.
+    fn drop_unsynced(&mut self, shelf: usize, slot: u32) {
+        let Some(writer) = self.at(shelf, slot).writer.as_mut() else { return };
+        let mut doubtful = std::mem::take(&mut writer.syncing);
+        doubtful.append(&mut writer.unsynced);
+        for (key, position) in doubtful {
+            if self.lies_at(&key, shelf, slot, position) {
+                self.drop_record(key, DropReason::Unsynced);
+            }
+        }
+    }
+}

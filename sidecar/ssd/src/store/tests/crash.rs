@@ -1,0 +1,174 @@
+//! Power goes at every operation; what was acknowledged as durable is there, nothing is ever wrong (I7).
+
+use super::*;
+use crate::device::faulty::{Crash, Fault};
+
+/// Saves, evictions with hot records, loads; durable and not.
+fn scenario(world: &mut World, from: u64) {
+    world.hot = [from, from + 1, from + 4].into();
+    for n in from..from + 26 {
+        if world.put(n, n % 3 == 0).is_err() {
+            continue;
+        }
+        if n % 4 == 0 {
+            world.drive();
+        }
+        if n % 5 == 0 && world.store.contains(&key(n - 1)) {
+            let _ = world.get(n - 1);
+        }
+    }
+    world.drive();
+}
+
+/// After a crash: whoever was promised durability gets it; every other record is right or a miss.
+fn check_restart(disk: &Arc<Mutex<Disk>>, promised: &BTreeSet<u64>, context: &str) {
+    let mut world = World::on(disk, 77);
+    for n in promised {
+        assert!(world.load(*n), "{context}: record {n} was acknowledged as durable");
+    }
+    world.load_all();
+    world.check();
+    if !context.ends_with("LoseAll") {
+        return;
+    }
+    // It works on, and another restart is as good.
+    scenario(&mut world, 1000);
+    world.check();
+    let promised = world.seen.durable.clone();
+    disk.lock().unwrap().crash(Crash::LoseAll);
+    let mut last = World::on(disk, 78);
+    for n in &promised {
+        assert!(last.load(*n), "{context}: record {n} after a second crash");
+    }
+    assert_eq!(last.seen.wrong_bytes, 0);
+}
+
+/// More of them for a campaign: `PILLION_SSD_SEEDS=200 cargo test --release -p pillion-ssd crash`.
+fn seeds() -> u64 {
+    std::env::var("PILLION_SSD_SEEDS").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+#[test]
+fn power_lost_at_every_operation_of_a_story_of_saves_evictions_loads_and_a_restart() {
+    for seed in 0..seeds() {
+        let operations = (0..).take_while(|n| power_lost_at(*n, seed)).count();
+        assert!(operations > 40, "only {operations} operations");
+    }
+}
+
+/// Whether the story was long enough for that.
+fn power_lost_at(n: u64, seed: u64) -> bool {
+    let disk = Disk::new(SEGMENT);
+    disk.lock().unwrap().fault = Some((n, Fault::Crash));
+    let mut world = World::on(&disk, 5 + seed);
+    scenario(&mut world, 1);
+    assert_eq!(world.seen.wrong_bytes, 0);
+    if !disk.lock().unwrap().crashed {
+        world.check();
+        return false;
+    }
+    let subset = |part: u64| Crash::Subset(seed << 32 | part << 16 | n);
+    for how in [Crash::LoseAll, Crash::KeepAll, subset(1), subset(2), subset(3)] {
+        let end = disk.lock().unwrap().fork();
+        end.lock().unwrap().crash(how);
+        check_restart(&end, &world.seen.durable, &format!("seed {seed}, operation {n}, {how:?}"));
+    }
+    true
+}
+
+#[test]
+fn a_write_torn_at_every_prefix_never_serves_a_wrong_byte() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 5);
+    world.save(0, true);
+    (1..5).for_each(|n| world.put(n, false).unwrap());
+    world.drive();
+    world.load_all();
+    let units = disk.lock().unwrap().unsynced_units();
+    assert!(units > 60);
+    let mut whole = 0;
+    for prefix in 0..=units {
+        let end = disk.lock().unwrap().fork();
+        end.lock().unwrap().crash(Crash::Prefix(prefix));
+        let mut again = World::on(&end, 6);
+        assert!(again.load(0));
+        let there = again.load_all();
+        again.check();
+        assert_eq!(again.seen.get_failed, BTreeMap::new(), "a prefix is told by its commits");
+        assert!(there >= whole, "a longer prefix holds no fewer records");
+        whole = there;
+    }
+    assert_eq!(whole, 5);
+}
+
+#[test]
+fn lost_and_reordered_sectors_are_found() {
+    let (mut injected, mut found) = (0, 0);
+    for seed in 0..300 {
+        let disk = Disk::new(SEGMENT);
+        let mut world = World::on(&disk, seed);
+        world.save(0, true);
+        (1..5).for_each(|n| world.put(n, false).unwrap());
+        world.drive();
+        let whole: Vec<u8> = disk.lock().unwrap().bytes(0).to_vec();
+        disk.lock().unwrap().crash(Crash::Subset(seed));
+        let damaged: Vec<u64> = (1..5)
+            .filter(|n| {
+                let at = world.store.index[&key(*n)];
+                let range =
+                    at.position as usize..(at.position + meta(*n).footprint() - SECTOR as u64) as usize;
+                disk.lock().unwrap().bytes(0)[range.clone()] != whole[range]
+            })
+            .collect();
+        let mut again = World::on(&disk, seed);
+        again.load_all();
+        again.check();
+        assert!(again.seen.loaded.contains(&0));
+        injected += damaged.len();
+        found += damaged.iter().filter(|n| !again.seen.loaded.contains(n)).count();
+    }
+    assert!(injected > 300);
+    assert_eq!(found, injected, "detected / injected = 1.0");
+}
+
+#[test]
+fn a_copy_that_lost_its_payload_does_not_hide_the_older_whole_one() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    world.hot = [0].into();
+    (0..6).for_each(|n| world.save(n, true));
+    let from = world.store.index[&key(0)];
+    // Written again to make room, and the power goes before the sync.
+    world.store.evict(0, Some(from.slot), |key| number(key) == 0);
+    while world.store.index.get(&key(0)) == Some(&from) {
+        let mut done = Vec::new();
+        while let Some(action) = world.store.next_action() {
+            world.act(action);
+        }
+        world.device.wait(None, &mut done);
+        done.into_iter().for_each(|completion| world.store.completed(completion));
+    }
+    let to = world.store.index[&key(0)];
+    let payload = to.position as usize + SECTOR;
+    disk.lock().unwrap().tamper(to.slot, |file| file[payload..payload + 512].fill(0));
+    let mut again = World::on(&disk, 2);
+    assert_eq!(again.report.torn, 1);
+    assert!(again.load(0));
+    again.check();
+}
+
+#[test]
+fn a_record_beyond_what_recovery_proves_is_written_again_when_it_is_put() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    world.save(0, true);
+    let Found::Segment { id, first_sequence, entries, .. } = World::on(&disk, 2).found.remove(0).1 else {
+        panic!("a segment")
+    };
+    let mut other = World::on(&Disk::new(SEGMENT), 3);
+    other.store.adopt(0, 0, Some(Life { id, first_sequence, entries: &entries, proved: false }));
+    assert!(other.store.contains(&key(0)));
+    other.save(0, true);
+    assert!(other.load(0));
+    other.check();
+}

@@ -1,0 +1,225 @@
+//! Writing: whole records gathered into large writes.
+
+use super::{Ack, Action, Owner, Pending, Put, Store};
+use crate::{
+    device::{IoError, Part, What},
+    error::PutError,
+    format::{Entry, SECTOR},
+    memory::Aligned,
+    store::{Location, State},
+};
+
+impl Store {
+    /// Whatever a directory can do now: read what moves, open a segment, write what waits.
+    pub(super) fn pump(&mut self, shelf: usize) {
+        self.pump_relocations(shelf);
+        loop {
+            let place = &self.shelves[shelf];
+            if place.queue.is_empty() {
+                return;
+            }
+            if place.read_only {
+                self.fail_queue(shelf, PutError::ReadOnly);
+                return;
+            }
+            if place.opening {
+                return;
+            }
+            // Making room goes before using it.
+            let moving = place.queue.front().is_some_and(|put| matches!(put.owner, Owner::Relocation(_)));
+            if place.relocations > 0 && !moving {
+                return;
+            }
+            match place.open {
+                None => {
+                    if !self.make_place(shelf, moving) {
+                        return;
+                    }
+                }
+                Some(slot) => {
+                    if !self.write_batch(shelf, slot) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Opens a segment. Whether the queue can be looked at again at once.
+    fn make_place(&mut self, shelf: usize, moving: bool) -> bool {
+        if self.open_next(shelf) {
+            self.want_room(shelf);
+            return false;
+        }
+        if moving {
+            // The room that it was to make is the room that it needs.
+            if let Some(Put { owner: Owner::Relocation(from), meta, .. }) =
+                self.shelves[shelf].queue.pop_front()
+            {
+                self.shelves[shelf].load -= meta.footprint();
+                self.relocated(from);
+            }
+            return true;
+        }
+        self.want_room(shelf);
+        if !self.shelves[shelf].asked_for_room && !self.shelves[shelf].is_moving() {
+            self.fail_queue(shelf, PutError::NoRoom);
+        }
+        false
+    }
+
+    /// Asks for an eviction if nothing is vacant and something could be evicted.
+    pub(super) fn want_room(&mut self, shelf: usize) {
+        let place = &mut self.shelves[shelf];
+        let sealed = place.segments.iter().any(|segment| segment.state == State::Sealed);
+        let draining = place.segments.iter().any(|segment| segment.state == State::Draining);
+        if place.vacant().is_none() && sealed && !draining && !place.asked_for_room {
+            place.asked_for_room = true;
+            self.actions.push_back(Action::WantsRoom { shelf });
+        }
+    }
+
+    /// Writes what fits into one write. Whether there may be more to do.
+    fn write_batch(&mut self, shelf: usize, slot: u32) -> bool {
+        let (batches_max, batch_bytes) = (self.limits.batches_max, self.limits.batch_bytes);
+        let place = &mut self.shelves[shelf];
+        let segment_bytes = place.block.segment_bytes;
+        let segment = &mut place.segments[slot as usize];
+        let id = segment.id;
+        let Some(writer) = segment.writer.as_mut() else { return false };
+        if writer.in_flight >= batches_max {
+            return false;
+        }
+        let (at, mut puts) = (writer.tail, Vec::new());
+        while let Some(next) = place.queue.front() {
+            let end = writer.tail + next.meta.footprint();
+            let fits =
+                end + writer.footer.bytes_with(&next.meta) <= segment_bytes && writer.footer.has_room();
+            let moving = matches!(next.owner, Owner::Relocation(_));
+            if !fits || (!puts.is_empty() && end - at > batch_bytes) || (place.relocations > 0 && !moving) {
+                break;
+            }
+            let Some(put) = place.queue.pop_front() else { break };
+            let sequence = self.next_sequence;
+            self.next_sequence += 1;
+            let entry = Entry { meta: put.meta.clone(), segment: id, sequence, position: writer.tail };
+            writer.tail = end;
+            writer.footer.push(entry.clone());
+            puts.push((put, entry));
+        }
+        if puts.is_empty() {
+            // It does not fit, however little is in flight.
+            self.seal(shelf, slot);
+            return true;
+        }
+        writer.in_flight += 1;
+        let parts = gather(&mut puts);
+        self.io(shelf, slot, What::Write, at, parts, Pending::Batch(puts));
+        true
+    }
+
+    pub(super) fn batch_ended(
+        &mut self,
+        shelf: usize,
+        slot: u32,
+        puts: Vec<(Put, Entry)>,
+        result: Result<(), IoError>,
+    ) {
+        let there = &mut self.shelves[shelf];
+        there.load -= puts.iter().map(|(put, _)| put.meta.footprint()).sum::<u64>();
+        let writer = there.segments[slot as usize].writer.as_mut();
+        let alive = writer.map(|writer| writer.in_flight -= 1).is_some();
+        let result = if alive { result } else { result.and(Err(IoError::Os(5))) };
+        for (put, entry) in puts {
+            match result {
+                Ok(()) => self.record_written(shelf, slot, &put, &entry),
+                Err(error) => self.failed(put.owner, put.meta.key, PutError::Io(error)),
+            }
+        }
+        match result {
+            Ok(()) => self.settle(shelf, slot),
+            Err(error) => self.retire(shelf, slot, error),
+        }
+    }
+
+    fn record_written(&mut self, shelf: usize, slot: u32, put: &Put, entry: &Entry) {
+        let key = put.meta.key;
+        let location = Location {
+            shelf: shelf as u16,
+            slot,
+            position: entry.position,
+            bytes: put.meta.bytes,
+            sequence: entry.sequence,
+        };
+        let wanted = match put.owner {
+            Owner::Caller(_) => {
+                self.writing.remove(&key);
+                self.counters.stored += 1;
+                true
+            }
+            // It may have been removed, or found corrupt, while it was copied.
+            Owner::Relocation(from) => {
+                self.counters.relocated += 1;
+                self.index.get(&key) == Some(&from)
+            }
+        };
+        if wanted {
+            self.place(key, location);
+        }
+        let Some(writer) = self.shelves[shelf].segments[slot as usize].writer.as_mut() else { return };
+        if wanted {
+            writer.unsynced.push((key, entry.position));
+        }
+        match put.owner {
+            Owner::Caller(token) if !put.durable => {
+                self.actions.push_back(Action::Stored { token, key, durable: false });
+            }
+            owner => writer.waiting.push(Ack { owner, key }),
+        }
+    }
+
+    /// The one bad ending of a put.
+    pub(super) fn failed(&mut self, owner: Owner, key: crate::format::RecordKey, error: PutError) {
+        match owner {
+            Owner::Caller(token) => {
+                self.writing.remove(&key);
+                self.actions.push_back(Action::StoreFailed { token, key, error });
+            }
+            Owner::Relocation(from) => self.relocated(from),
+        }
+    }
+
+    fn fail_queue(&mut self, shelf: usize, error: PutError) {
+        while let Some(put) = self.shelves[shelf].queue.pop_front() {
+            self.shelves[shelf].load -= put.meta.footprint();
+            self.failed(put.owner, put.meta.key, error);
+        }
+    }
+}
+
+/// Header, payload, commit; a commit and the next header are neighbours and share a buffer.
+fn gather(puts: &mut [(Put, Entry)]) -> Vec<Part> {
+    let mut parts = Vec::with_capacity(2 * puts.len() + 1);
+    let mut commit_before: Option<crate::format::Commit> = None;
+    for (put, entry) in puts.iter_mut() {
+        let head_at = if commit_before.is_some() { SECTOR } else { 0 };
+        let mut between = Aligned::zeroed(head_at + SECTOR);
+        if let Some(commit) = commit_before.take() {
+            commit.encode(&mut between.bytes_mut()[..SECTOR]);
+        }
+        let sum = entry.encode(&mut between.bytes_mut()[head_at..]);
+        commit_before = Some(entry.commit(sum));
+        parts.push(Part::Owned(between));
+        let empty = Part::Owned(Aligned::zeroed(0));
+        parts.push(match &put.source {
+            Part::Pool(extent) => Part::Pool(*extent),
+            Part::Owned(_) => std::mem::replace(&mut put.source, empty),
+        });
+    }
+    if let Some(commit) = commit_before {
+        let mut last = Aligned::zeroed(SECTOR);
+        commit.encode(last.bytes_mut());
+        parts.push(Part::Owned(last));
+    }
+    parts
+}

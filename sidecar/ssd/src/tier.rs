@@ -1,0 +1,424 @@
+//! The tier as a service: one thread owns the store, one thread per directory does its I/O.
+
+use std::{
+    collections::VecDeque,
+    io,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, Sender, TryRecvError, channel},
+    },
+    thread::{self, JoinHandle},
+};
+
+use crate::{
+    Extent, GetError, Memory, OpenError, PutError,
+    device::{
+        Completion, Device, Op, Wake, What,
+        directory::{Directory, SLOTS_MAX, Use, random},
+        threads::Threads,
+        uring::Uring,
+    },
+    format::{Entry, RecordKey, RecordMeta, Superblock},
+    recover::{Found, Report, recover},
+    store::{Action, Life, Limits, Store},
+};
+
+/// Segments that a directory needs: one to fill, one to empty, one between.
+const SEGMENTS_MIN: u64 = 3;
+/// Calls that wait for the owner.
+const CALLS_MAX: usize = 4096;
+
+/// Which engine does the I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Engine {
+    /// io_uring, or threads where the kernel refuses it.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    Uring,
+    /// `preadv` and `pwritev`.
+    Threads,
+}
+
+/// One directory, on a device of its own.
+#[derive(Debug, Clone)]
+pub struct DirectoryConfig {
+    /// Where.
+    pub path: PathBuf,
+    /// Bytes of segment files, at most.
+    pub capacity_bytes: u64,
+}
+
+/// What a tier consists of.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Striped by load.
+    pub directories: Vec<DirectoryConfig>,
+    /// Of new directories.
+    pub segment_bytes: u64,
+    /// Bounds.
+    pub limits: Limits,
+    /// Which engine.
+    pub engine: Engine,
+}
+
+/// How a directory started.
+#[derive(Debug, Clone)]
+pub struct Started {
+    /// Its directory's id and segment length.
+    pub superblock: Superblock,
+    /// The engine that runs.
+    pub engine: &'static str,
+    /// Why it is not io_uring, where that was tried.
+    pub refused: Option<String>,
+    /// What recovery met.
+    pub report: Report,
+}
+
+/// An engine over a directory, as asked. The thread that calls this is the one that may use it.
+///
+/// # Errors
+/// The engine was asked for by name and cannot be had, or threads cannot be started.
+pub fn engine(
+    directory: Directory,
+    memory: &Arc<Memory>,
+    wanted: Engine,
+) -> io::Result<(Box<dyn Device>, Option<String>)> {
+    let (directory, refused) = match wanted {
+        Engine::Threads => (directory, None),
+        Engine::Auto | Engine::Uring => match Uring::new(directory, memory) {
+            Ok(ring) => return Ok((Box::new(ring), None)),
+            Err((_, error)) if wanted == Engine::Uring => return Err(error),
+            Err((directory, error)) => (directory, Some(format!("io_uring is refused: {error}"))),
+        },
+    };
+    Ok((Box::new(Threads::new(directory, memory)?), refused))
+}
+
+enum Call {
+    Put { token: u64, meta: Box<RecordMeta>, extent: Extent, durable: bool },
+    Get { token: u64, key: RecordKey, extent: Extent },
+    Remove(RecordKey),
+    Close,
+}
+
+enum Message {
+    Call(Call),
+    Done(Vec<Completion>),
+    Found(usize, u32, Found),
+    Started(usize, Result<(Started, Arc<dyn Wake>), String>),
+}
+
+/// What the owner calls. All of it runs on the owner's thread.
+pub struct Hooks {
+    /// Outcomes and drops, one [`Action`] each; never operations.
+    pub tell: Box<dyn FnMut(Action) + Send>,
+    /// Whether a record of a segment that is evicted is to be kept.
+    pub keep: Box<dyn FnMut(&RecordKey) -> bool + Send>,
+}
+
+/// A running tier. Dropping it ends what is in flight and seals what is open.
+#[derive(Debug)]
+pub struct Tier {
+    calls: Sender<Message>,
+    waiting: Arc<AtomicUsize>,
+    owner: Option<JoinHandle<()>>,
+}
+
+impl Tier {
+    /// Opens the directories, recovers them (each record that is there goes through `recovered`) and starts.
+    ///
+    /// # Errors
+    /// A directory that cannot be used; nothing runs then.
+    pub fn start(
+        config: &Config,
+        memory: &Arc<Memory>,
+        hooks: Hooks,
+        mut recovered: impl FnMut(&Entry),
+    ) -> Result<(Self, Vec<Started>), OpenError> {
+        let mut directories = Vec::new();
+        let mut shapes = Vec::new();
+        for one in &config.directories {
+            let mut directory = Directory::open(&one.path, Use::Own { segment_bytes: config.segment_bytes })?;
+            let block = directory.superblock();
+            let slots = one.capacity_bytes / block.segment_bytes;
+            if !(SEGMENTS_MIN..=u64::from(SLOTS_MAX)).contains(&slots) {
+                let expected =
+                    format!("{SEGMENTS_MIN} to {SLOTS_MAX} segments of {} bytes", block.segment_bytes);
+                return Err(OpenError::Setting { what: "capacity", expected, got: one.capacity_bytes });
+            }
+            directory.shrink(slots as u32)?;
+            shapes.push((block, slots as u32));
+            directories.push((one.path.clone(), directory));
+        }
+        let draw = Box::new(|| random().expect("the kernel has random bytes"));
+        let mut store = Store::new(&shapes, Arc::clone(memory), config.limits, draw);
+        let (calls, messages) = channel();
+        let mut ports = Vec::new();
+        for (shelf, (path, directory)) in directories.into_iter().enumerate() {
+            let port = Port::start(shelf, directory, Arc::clone(memory), config.engine, calls.clone());
+            ports.push((port.map_err(|source| cannot_start(&path, source))?, path));
+        }
+        let started = await_recovery(&mut store, &messages, &mut ports, &mut recovered)?;
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let ports = ports.into_iter().map(|(port, _)| port).collect();
+        let owner = Owner { store, ports, messages, hooks, waiting: Arc::clone(&waiting), is_closing: false };
+        let owner = thread::Builder::new().name("pillion-ssd".into()).spawn(move || owner.run());
+        let owner = owner.map_err(|source| cannot_start(&config.directories[0].path, source))?;
+        Ok((Self { calls, waiting, owner: Some(owner) }, started))
+    }
+
+    /// Stores a record from its extent of the pool; see [`Store::put`]. The ending goes to `tell`.
+    ///
+    /// # Errors
+    /// [`PutError::Busy`]: too many calls wait; nothing follows.
+    pub fn put(&self, token: u64, meta: RecordMeta, extent: Extent, durable: bool) -> Result<(), PutError> {
+        self.call(Call::Put { token, meta: Box::new(meta), extent, durable }).ok_or(PutError::Busy)
+    }
+
+    /// Reads a record into its extent of the pool; see [`Store::get`]. The ending goes to `tell`.
+    ///
+    /// # Errors
+    /// [`GetError::Busy`]: too many calls wait; nothing follows.
+    pub fn get(&self, token: u64, key: RecordKey, extent: Extent) -> Result<(), GetError> {
+        self.call(Call::Get { token, key, extent }).ok_or(GetError::Busy)
+    }
+
+    /// Forgets a record. `false`: too many calls wait.
+    #[must_use]
+    pub fn remove(&self, key: RecordKey) -> bool {
+        self.call(Call::Remove(key)).is_some()
+    }
+
+    fn call(&self, call: Call) -> Option<()> {
+        if self.waiting.fetch_add(1, Ordering::Relaxed) >= CALLS_MAX {
+            self.waiting.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        self.calls.send(Message::Call(call)).ok()
+    }
+}
+
+impl Drop for Tier {
+    fn drop(&mut self) {
+        let _ = self.calls.send(Message::Call(Call::Close));
+        if let Some(owner) = self.owner.take() {
+            let _ = owner.join();
+        }
+    }
+}
+
+fn cannot_start(path: &std::path::Path, source: io::Error) -> OpenError {
+    OpenError::Io { path: path.to_owned(), doing: "start the I/O of", source }
+}
+
+fn await_recovery(
+    store: &mut Store,
+    messages: &Receiver<Message>,
+    ports: &mut [(Port, PathBuf)],
+    recovered: &mut impl FnMut(&Entry),
+) -> Result<Vec<Started>, OpenError> {
+    let mut started: Vec<Option<Started>> = ports.iter().map(|_| None).collect();
+    // All of them are heard before an error is told: a thread ends in order only when its waker is known.
+    let (mut answers, mut refused) = (0, None);
+    while answers < ports.len() {
+        match messages.recv() {
+            Ok(Message::Found(shelf, slot, found)) => match found {
+                Found::Free(_) => store.adopt(shelf, slot, None),
+                Found::Unreadable(_) => store.adopt_unreadable(shelf, slot),
+                Found::Segment { id, first_sequence, entries, proved, .. } => {
+                    store.adopt(shelf, slot, Some(Life { id, first_sequence, entries: &entries, proved }));
+                    entries.iter().for_each(&mut *recovered);
+                }
+            },
+            Ok(Message::Started(shelf, Ok((how, waker)))) => {
+                ports[shelf].0.waker = Some(waker);
+                started[shelf] = Some(how);
+                answers += 1;
+            }
+            Ok(Message::Started(shelf, Err(why))) => {
+                refused = Some(cannot_start(&ports[shelf].1, io::Error::other(why)));
+                answers += 1;
+            }
+            Ok(Message::Call(_) | Message::Done(_)) => {}
+            Err(_) => return Err(cannot_start(&ports[0].1, io::Error::other("its thread ended"))),
+        }
+    }
+    match refused {
+        Some(error) => Err(error),
+        None => Ok(started.into_iter().flatten().collect()),
+    }
+}
+
+struct Owner {
+    store: Store,
+    ports: Vec<Port>,
+    messages: Receiver<Message>,
+    hooks: Hooks,
+    waiting: Arc<AtomicUsize>,
+    is_closing: bool,
+}
+
+impl Owner {
+    fn run(mut self) {
+        loop {
+            self.act();
+            if self.is_closing && self.store.is_idle() {
+                return;
+            }
+            let Ok(first) = self.messages.recv() else { return };
+            self.take(first);
+            // All that has come, before anything is sent on: that is what batches are made of.
+            while let Ok(next) = self.messages.try_recv() {
+                self.take(next);
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Done(completions) => completions.into_iter().for_each(|one| self.store.completed(one)),
+            Message::Call(call) => {
+                self.waiting.fetch_sub(1, Ordering::Relaxed);
+                self.serve(call);
+            }
+            Message::Found(..) | Message::Started(..) => {}
+        }
+    }
+
+    fn serve(&mut self, call: Call) {
+        match call {
+            Call::Put { token, meta, extent, durable } => {
+                let key = meta.key;
+                if let Err(error) = self.store.put(token, *meta, extent, durable) {
+                    (self.hooks.tell)(Action::StoreFailed { token, key, error });
+                }
+            }
+            Call::Get { token, key, extent } => {
+                if let Err(error) = self.store.get(token, key, extent) {
+                    (self.hooks.tell)(Action::LoadFailed { token, key, error });
+                }
+            }
+            Call::Remove(key) => {
+                self.store.remove(&key);
+            }
+            Call::Close => {
+                self.is_closing = true;
+                self.store.close();
+            }
+        }
+    }
+
+    fn act(&mut self) {
+        let mut woken = vec![false; self.ports.len()];
+        while let Some(action) = self.store.next_action() {
+            match action {
+                Action::Io { shelf, op } => {
+                    woken[shelf] = true;
+                    self.ports[shelf].send(op);
+                }
+                Action::WantsRoom { shelf } => {
+                    self.store.evict(shelf, None, &mut self.hooks.keep);
+                }
+                told => (self.hooks.tell)(told),
+            }
+        }
+        for (port, _) in self.ports.iter().zip(woken).filter(|(_, woken)| *woken) {
+            port.wake();
+        }
+    }
+}
+
+/// A directory's thread, as its owner sees it.
+struct Port {
+    ops: Option<Sender<Op>>,
+    waker: Option<Arc<dyn Wake>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Port {
+    fn start(
+        shelf: usize,
+        directory: Directory,
+        memory: Arc<Memory>,
+        wanted: Engine,
+        tell: Sender<Message>,
+    ) -> io::Result<Self> {
+        let (ops, queue) = channel();
+        let run = move || {
+            let (mut device, refused) = match engine(directory, &memory, wanted) {
+                Ok(made) => made,
+                Err(error) => {
+                    let _ = tell.send(Message::Started(shelf, Err(error.to_string())));
+                    return;
+                }
+            };
+            let report = recover(&mut *device, |slot, found| {
+                let _ = tell.send(Message::Found(shelf, slot, found));
+            });
+            let how = Started { superblock: device.superblock(), engine: device.engine(), refused, report };
+            if tell.send(Message::Started(shelf, Ok((how, device.waker())))).is_ok() {
+                work(&mut *device, &queue, &tell);
+            }
+        };
+        let thread = thread::Builder::new().name(format!("pillion-ssd-{shelf}")).spawn(run)?;
+        Ok(Self { ops: Some(ops), waker: None, thread: Some(thread) })
+    }
+
+    fn send(&self, op: Op) {
+        if let Some(ops) = &self.ops {
+            let _ = ops.send(op);
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = &self.waker {
+            waker.wake();
+        }
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        self.ops = None;
+        self.wake();
+        // Without a waker it may sleep: then it is left to end with the process.
+        if let Some(thread) = self.thread.take().filter(|_| self.waker.is_some()) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Reads go before writes, and writes never take all places.
+fn work(device: &mut dyn Device, queue: &Receiver<Op>, tell: &Sender<Message>) {
+    let (mut reads, mut others) = (VecDeque::new(), VecDeque::new());
+    let (depth, mut in_flight, mut done) = (device.depth(), 0, Vec::new());
+    loop {
+        let is_over = loop {
+            match queue.try_recv() {
+                Ok(op) if op.what == What::Read => reads.push_back(op),
+                Ok(op) => others.push_back(op),
+                Err(TryRecvError::Empty) => break false,
+                Err(TryRecvError::Disconnected) => break true,
+            }
+        };
+        while in_flight < depth {
+            let next = reads.pop_front().or_else(|| others.pop_front_if(|_| in_flight < depth.div_ceil(2)));
+            let Some(op) = next else { break };
+            device.submit(op);
+            in_flight += 1;
+        }
+        if is_over && in_flight == 0 {
+            return;
+        }
+        device.wait(None, &mut done);
+        in_flight -= done.len();
+        if !done.is_empty() && tell.send(Message::Done(std::mem::take(&mut done))).is_err() {
+            // Nobody listens: end what is in flight, take no more.
+            reads.clear();
+            others.clear();
+        }
+    }
+}
