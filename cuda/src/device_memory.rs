@@ -170,7 +170,8 @@ impl Gpu {
 
     /// After an error: a context that is lost answers every call with it, and no import will ever succeed.
     fn look_at_context(&self, error: &CudaError) {
-        if let Err(lost) = Event::local() {
+        let pulse = self.watchdog.pulse();
+        if let Err(lost) = pulse.during("the making of an event", self.call_patience, Event::local) {
             self.watchdog.fail(format!("the CUDA context is lost: {lost} (after: {error})"));
         }
     }

@@ -131,6 +131,17 @@ impl Lane {
         Ok(Self { stream, spare, direction, batch, pulse, plan, segments, chunk, look, memory, gpu })
     }
 
+    /// Ends it, under the watchdog's eye.
+    pub fn close(self) {
+        let Self { stream, spare, pulse, memory, gpu, .. } = self;
+        pulse.during("the end of a stream", gpu.call_patience(), || {
+            drop(spare);
+            drop(stream);
+        });
+        // Unmaps, where the other direction has ended.
+        drop(memory);
+    }
+
     /// Moves a job's blocks, once the engine's event is reached. When this returns, nothing of the job
     /// touches memory any more.
     pub fn run(&mut self, items: &[Item], event: Option<u32>, cancelled: &AtomicBool) -> Vec<Moved> {

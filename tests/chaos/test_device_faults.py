@@ -178,6 +178,24 @@ def test_an_import_that_takes_long_holds_up_nobody_else(world: World) -> None:
     late.call("done", job=late.call("load", prompt="kept", count=8))
 
 
+def test_sleep_and_wake_while_an_import_takes_long(world: World) -> None:
+    """The request to let go is older than the memory that is presented next: it must not take that away."""
+    sidecar = world.sidecar()
+    world.faults("process=worker cuIpcOpenMemHandle_v2 delay 500")
+    engine = world.process()
+    engine.call("open", socket=str(sidecar.socket), name="engine", shape=vars(KV), way="ipc", **AT_ONCE)
+    until(lambda: sidecar.sessions(), "the engine to attach")
+    time.sleep(0.1)
+    assert not engine.call("sleep", wait_ms=20), "nobody can have said so yet"
+    engine.call("wake")
+    engine.call("save_and_load", prompt="a", count=8)
+    assert engine.call("sleep"), engine.call("told")
+    assert world.held(sidecar, engine) == 0
+    world.faults()
+    engine.call("wake")
+    engine.call("save_and_load", prompt="b", count=8)
+
+
 def test_batched_copies_that_fail_are_done_one_by_one(world: World) -> None:
     sidecar = world.sidecar()
     world.faults("process=worker cuMemcpyBatchAsync_v2 error 801")

@@ -96,6 +96,10 @@ def test_the_allocation_goes_into_a_memfd(make: Any, native: FakeNative) -> None
             "tensor parallelism by the executor ray",
         ),
         (
+            lambda c, kv: vars(c.parallel_config).update(enable_fault_tolerance=True),
+            "fault tolerance",
+        ),
+        (
             lambda c, kv: setattr(c.parallel_config, "pipeline_parallel_size", 2),
             "pipeline_parallel_size is 2",
         ),
@@ -185,7 +189,7 @@ def test_an_absent_sidecar_costs_the_start_at_most_its_wait(
     import time
 
     native.attached = False
-    monkeypatch.setattr(source, "launch_command", lambda socket, device: ["pillion"])
+    monkeypatch.setattr(source, "launch_command", lambda socket, device, ranks=1: ["pillion"])
     connector = make(extra={"launch": True, "start_wait_ms": 60})
     begin = time.monotonic()
     connector.register_kv_caches(make_tensors(make_kv_config(20)))
@@ -262,6 +266,12 @@ def test_launch_command_names_a_socket_only_where_one_is_configured(
     assert source.launch_command("/s", "cpu0")[-2:] == ["--socket", "/s"]
     monkeypatch.setattr(source, "find_binary", lambda: None)
     assert source.launch_command("/s", "cpu0") == []
+
+
+def test_sidecars_that_share_the_memory_are_told_how_many_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "find_binary", lambda: "/x/pillion")
+    assert source.launch_command(None, "cpu1", 8)[-2:] == ["--sidecars", "8"]
+    assert "--sidecars" not in source.launch_command(None, "cpu0", 1)
 
 
 def test_the_binary_beside_the_interpreter_comes_first(

@@ -345,6 +345,26 @@ def test_the_canary_is_there_while_the_sidecar_looks(
     assert seen == [True]
 
 
+@pytest.mark.parametrize("place", ["register", "canary_over"])
+def test_a_refused_engine_keeps_no_canary_in_block_0(make: Any, native: FakeNative, place: str) -> None:
+    """Padded block tables point there, and the words may be NaN."""
+    native.raise_in[place] = ValueError("device memory cannot be shared")
+    connector = make()
+    caches = registered(connector)
+    assert connector._worker.refused
+    assert all(not caches[name][0].any() for name in LAYERS)
+
+
+def test_replicas_with_gpus_of_their_own_need_sockets_of_their_own(
+    make: Any, native: FakeNative, logs: Any
+) -> None:
+    change = lambda config: vars(config.parallel_config).update(data_parallel_size=2)  # noqa: E731
+    connector = make(change=change, extra={"socket": "/run/one.sock"})
+    assert connector._worker.refused and "expected {device} in it" in logs.text
+    make(change=change, extra={"socket": "/run/{device}.sock"})
+    assert native.options[-1]["socket"] == f"/run/{native.cuda}.sock"
+
+
 def test_a_cpu_engine_makes_no_call_into_cuda(
     make: Any, native: FakeNative, gpu: FakeGpu, canary_log: list[str]
 ) -> None:
@@ -629,7 +649,7 @@ def test_waking_up_waits_for_the_sidecar_no_longer_than_it_may(
     from pillion.vllm import worker
 
     waits: list[int] = []
-    monkeypatch.setattr(source, "launch_command", lambda socket, device: ["pillion"])
+    monkeypatch.setattr(source, "launch_command", lambda socket, device, ranks=1: ["pillion"])
     monkeypatch.setattr(worker, "wait_ready", lambda client, wait_ms, who: waits.append(wait_ms))
     connector = make(extra={"launch": True})
     registered(connector)

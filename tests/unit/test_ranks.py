@@ -186,5 +186,13 @@ def test_an_error_of_one_rank_keeps_nothing_of_the_others() -> None:
     assert clients.status() == "connecting: nobody listens (rank 1)"
 
 
+def test_a_lease_that_one_rank_cannot_ask_for_is_given_back_by_the_others() -> None:
+    clients, natives, hashes = ranks(3, [8, 8, 8])
+    natives[1].raise_in["lease"] = RuntimeError("no thread")
+    with pytest.raises(RuntimeError):
+        clients.lease(hashes)
+    assert [native.released for native in natives] == [[1], [], []]
+
+
 def test_one_rank_needs_no_parts() -> None:
     assert part(b"x" * 16, 0) == b"x" * 16

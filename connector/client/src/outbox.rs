@@ -88,17 +88,27 @@ impl Outbox {
         Ok(())
     }
 
-    /// Sends a message with fds, from the link's thread, where nothing is pending.
+    /// Sends a message with fds. Where that cannot be done at once, the connection is given up.
     pub(crate) fn send_with_fds(&self, message: &Message, passed: &[OwnedFd]) -> Result<(), NotSent> {
         let bytes = frame::encode(message, passed.len() as u16);
         let borrowed: Vec<_> = passed.iter().map(AsFd::as_fd).collect();
         let mut state = self.state();
-        let State { socket: Some(socket), pending, .. } = &mut *state else { return Err(NotSent) };
-        if !pending.is_empty() {
+        let State { socket: Some(socket), pending, broken } = &mut *state else { return Err(NotSent) };
+        let sent = if pending.is_empty() && !*broken {
+            fds::send(socket.as_fd(), &bytes, &borrowed).ok()
+        } else {
+            None
+        };
+        let Some(sent) = sent else {
+            // Descriptors cannot wait in the queue. A new connection presents everything again.
+            *broken = true;
+            self.wake();
             return Err(NotSent);
+        };
+        if sent < bytes.len() {
+            pending.extend(&bytes[sent..]);
+            self.wake();
         }
-        let sent = fds::send(socket.as_fd(), &bytes, &borrowed).map_err(|_| NotSent)?;
-        pending.extend(&bytes[sent..]);
         Ok(())
     }
 

@@ -104,8 +104,12 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
         except identity.UnknownModel as error:
             return str(error)
         world = self._vllm_config.parallel_config.tensor_parallel_size
-        if world > 1 and self._settings.socket and "{rank}" not in self._settings.socket:
-            return f"socket names one sidecar, and there are {world} ranks: expected {{rank}} in it"
+        if (given := self._settings.socket) and "{device}" not in given:
+            if world > 1 and "{rank}" not in given:
+                return f"socket names one sidecar, and there are {world} ranks: expected {{rank}} in it"
+            replicas = self._vllm_config.parallel_config.data_parallel_size
+            if replicas > 1 and device.on_cuda():
+                return f"socket names one sidecar, and {replicas} replicas have GPUs of their own: expected {{device}} in it"
         digest = sha256(repr(sorted(fields.items())).encode()).hexdigest()
         native = source.native()
         own = [support.tensor_parallel_rank(world)] if role == KVConnectorRole.WORKER else range(world)
@@ -137,9 +141,10 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
     def _client_options(self, native: Any, name: str, fields: dict[str, str], rank: int) -> dict[str, Any]:
         """For the sidecar of one rank."""
         given = self._settings.socket
-        given = given.replace("{rank}", str(rank)) if given else None
+        given = given.replace("{rank}", str(rank)).replace("{device}", name) if given else None
         socket = given or native.default_socket(name)
-        launch = source.launch_command(given, name) if self._settings.launch else []
+        world = self._vllm_config.parallel_config.tensor_parallel_size
+        launch = source.launch_command(given, name, world) if self._settings.launch else []
         self._waits = self._waits or bool(launch) or os.path.exists(socket)
         if self._settings.launch and not launch:
             log_once(

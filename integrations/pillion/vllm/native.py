@@ -23,10 +23,15 @@ def find_binary() -> str | None:
     return shutil.which("pillion")
 
 
-def launch_command(socket: str | None, device: str) -> list[str]:
-    """The command that starts a sidecar of `device` which outlives this engine; empty where there is none."""
+def launch_command(socket: str | None, device: str, ranks: int = 1) -> list[str]:
+    """The command that starts a sidecar of `device` which outlives this engine; empty where there is none.
+
+    `ranks` sidecars will share this machine's memory.
+    """
     binary = find_binary()
     if binary is None:
         return []
     command = [binary, "serve", "--detach", "--device", device, "--idle-exit-seconds", str(IDLE_EXIT_SECONDS)]
+    if ranks > 1:
+        command += ["--sidecars", str(ranks)]
     return [*command, "--socket", socket] if socket else command

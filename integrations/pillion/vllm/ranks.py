@@ -67,11 +67,15 @@ class Ranks:
         tickets: list[int] = []
         if count:
             asked = hashes[: count * HASH_BYTES]
-            for client in self.clients:
-                ticket = client.lease(asked)
-                if not ticket:
-                    break
-                tickets.append(ticket)
+            try:
+                for client in self.clients:
+                    ticket = client.lease(asked)
+                    if not ticket:
+                        break
+                    tickets.append(ticket)
+            except BaseException:
+                self._release_all(tickets)
+                raise
         if len(tickets) < len(self.clients):
             self._release_all(tickets)
             return 0

@@ -560,10 +560,11 @@ class SchedulerHalf:
 
         Requests that live through the reset neither load nor save: their blocks are of the old epoch.
         """
-        self.client.new_epoch()
-        self._in_flight.clear()
+        # First: whatever happens then, what they have is of the old epoch.
         for state in self._reqs.values():
             state.no_save = True
             state.granted = 0
             self._release(state)
+        self._in_flight.clear()
+        self.client.new_epoch()
         return True

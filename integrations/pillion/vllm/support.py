@@ -113,6 +113,9 @@ def may_split_blocks(vllm_config: Any) -> bool:
 
 def _parallel(vllm_config: Any, _kv: Any) -> str | None:
     parallel = vllm_config.parallel_config
+    if getattr(parallel, "enable_fault_tolerance", False):
+        # A rank's failed step takes its reports about jobs along (0.33): a load would never end.
+        return "fault tolerance (enable_fault_tolerance) loses what ranks report: not served yet"
     if parallel.tensor_parallel_size > 1:
         executor = parallel.distributed_executor_backend
         if executor not in ("mp", "uni") or getattr(parallel, "nnodes", 1) != 1:

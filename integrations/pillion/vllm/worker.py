@@ -150,34 +150,44 @@ class WorkerHalf:
         if memfd is None and self._cuda is None:
             log_once(logging.INFO, "process_vm", "the KV cache is not in a memfd: process_vm is used")
         seed = int.from_bytes(os.urandom(8), "little")
-        canary.write(self._caches, tensor.layers, seed)
-        if self._cuda is not None:
-            # The client reads the canary on a stream of its own.
-            self._cuda.synchronize(self._caches[tensor.layers[0]].device)
-        self.client.register(
-            layout=self._layout,
-            num_blocks=self._config.num_blocks,
-            block_tokens=spec.block_size,
-            dtype=str(spec.dtype),
-            kind=type(spec).__name__,
-            heads=spec.num_heads,
-            states=spec.num_states,
-            content_bytes=spec.state_content_size_bytes,
-            page_bytes=spec.page_size_bytes,
-            tensors=[
-                (tensor.size, tensor.offset, tensor.layer_stride, tensor.block_stride, list(tensor.layers))
-            ],
-            memory_bytes=storage.nbytes(),
-            memfd=memfd.fd if memfd is not None else -1,
-            base=storage.data_ptr(),
-            cuda=self._cuda is not None,
-            canary_seed=seed,
-        )
-        self._registered = True
-        wait_ready(self.client, wait_ms, "worker")
-        if self._cuda is not None:
-            self.client.canary_over()
-            canary.clear(self._caches, tensor.layers)
+        try:
+            canary.write(self._caches, tensor.layers, seed)
+            if self._cuda is not None:
+                # The client reads the canary on a stream of its own.
+                self._cuda.synchronize(self._caches[tensor.layers[0]].device)
+            self.client.register(
+                layout=self._layout,
+                num_blocks=self._config.num_blocks,
+                block_tokens=spec.block_size,
+                dtype=str(spec.dtype),
+                kind=type(spec).__name__,
+                heads=spec.num_heads,
+                states=spec.num_states,
+                content_bytes=spec.state_content_size_bytes,
+                page_bytes=spec.page_size_bytes,
+                tensors=[
+                    (
+                        tensor.size,
+                        tensor.offset,
+                        tensor.layer_stride,
+                        tensor.block_stride,
+                        list(tensor.layers),
+                    )
+                ],
+                memory_bytes=storage.nbytes(),
+                memfd=memfd.fd if memfd is not None else -1,
+                base=storage.data_ptr(),
+                cuda=self._cuda is not None,
+                canary_seed=seed,
+            )
+            self._registered = True
+            wait_ready(self.client, wait_ms, "worker")
+            if self._cuda is not None:
+                self.client.canary_over()
+        finally:
+            # Refused or not: padded block tables point at block 0, and the words are NaN often enough.
+            if self._cuda is not None:
+                canary.clear(self._caches, tensor.layers)
 
     def _elsewhere(self, caches: dict[str, Any]) -> str | None:
         """Whether the KV cache lies on another device than the one by whose name both halves look for a sidecar."""

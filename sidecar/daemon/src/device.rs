@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::Config,
+    machine,
     places::{Machine, Places},
 };
 
@@ -132,7 +133,10 @@ fn ask_child() -> Result<Vec<u8>> {
 /// # Errors
 /// Where a GPU was named that is not there.
 pub fn resolve(name: &str) -> Result<(String, Option<String>)> {
-    if !name.starts_with(GPU) && name != AUTO {
+    // A whole name is taken as it is: a shim that starts its sidecar waits for us, and the driver may be slow while
+    // engines start. The worker looks for the device.
+    let whole = name.strip_prefix(GPU_UUID).is_some_and(|uuid| uuid.parse::<driver::Uuid>().is_ok());
+    if whole || (!name.starts_with(GPU) && name != AUTO) {
         return Ok((name.to_owned(), None));
     }
     choose(name, &Devices::look_elsewhere())
@@ -208,14 +212,17 @@ pub struct Memory {
 ///
 /// # Errors
 /// What the kernel or the driver says.
-pub fn prepare(config: &Config, pool_bytes: u64, watchdog: &Watchdog) -> Result<Memory> {
+pub fn prepare(config: &Config, watchdog: &Watchdog) -> Result<Memory> {
+    let available = machine::available_memory_bytes().context("cannot read the available memory")?;
     let Some(uuid) = config.device.strip_prefix(GPU_UUID) else {
+        let pool_bytes = pool_bytes(config, available, 1)?;
         let pool = HostPool::create(pool_bytes).context("cannot make the host pool")?;
         return Ok(Memory { pool: Arc::new(pool), gpu: None });
     };
     let uuid: driver::Uuid = uuid.parse()?;
     let begun = Instant::now();
     let seen = driver::devices()?;
+    let pool_bytes = pool_bytes(config, available, seen.len() as u64)?;
     let device = seen.into_iter().find(|seen| seen.uuid == uuid);
     let device = device.with_context(|| format!("the CUDA driver sees no device {}", config.device))?;
     let options = PoolOptions { bytes: pool_bytes, touch: true, numa_node: device.numa_node };
@@ -245,6 +252,20 @@ pub fn prepare(config: &Config, pool_bytes: u64, watchdog: &Watchdog) -> Result<
         "the pool is pinned"
     );
     Ok(Memory { pool, gpu: Some(Arc::new(gpu)) })
+}
+
+/// The pool's size. A share of the memory is divided by the sidecars that are to be expected on this machine: all
+/// look at the same memory before any of them has taken its part.
+fn pool_bytes(config: &Config, available: u64, devices: u64) -> Result<u64> {
+    let available = available / config.sidecars.max(devices).max(1);
+    let bytes = config.host_pool.resolve(available) / pillion_core::CHUNK_BYTES * pillion_core::CHUNK_BYTES;
+    ensure!(
+        bytes > 0,
+        "expected a host pool of at least {} bytes, got {}: raise host_pool",
+        pillion_core::CHUNK_BYTES,
+        config.host_pool
+    );
+    Ok(bytes)
 }
 
 /// One core checksums a third of what a PCIe 5 link moves, and there are two directions.

@@ -37,6 +37,8 @@ pub const RING_SLOTS: u32 = 4096;
 pub const WORD_SLOTS: u32 = 1024;
 /// Jobs of one worker, at most.
 pub const SESSION_JOBS_MAX: usize = 2048;
+/// Imports of one session that may be under way or being unmapped.
+const IMPORTS_MAX: usize = 8;
 /// Bytes that may wait for a client that does not read.
 const UNREAD_BYTES_MAX: usize = 8 << 20;
 
@@ -64,8 +66,8 @@ pub struct Live {
     /// Imports that are being unmapped, and the last request that is answered when all are.
     unmapping: Vec<u64>,
     let_go: Option<u64>,
-    /// The registration that is being carried out on another thread.
-    importing: Option<u64>,
+    /// The registration that is being carried out on another thread: its request, and the import's number.
+    importing: Option<(u64, u64)>,
     /// A request to let go that came meanwhile.
     unregister_next: Option<u64>,
     running: HashMap<JobId, Running>,
@@ -302,19 +304,27 @@ impl Driver {
         self.gpu.as_ref()
     }
 
-    /// A registration goes on on another thread; the number of its import.
-    pub fn importing(&mut self, session: SessionId, request: u64) -> u64 {
-        if let Some(live) = self.sessions.get_mut(&session) {
-            live.importing = Some(request);
-        }
+    /// A registration goes on on another thread; the number of its import. `None`: too many are under way.
+    pub fn importing(&mut self, session: SessionId, request: u64) -> Option<u64> {
         self.next_import += 1;
-        self.next_import
+        let number = self.next_import;
+        let live = self.sessions.get_mut(&session)?;
+        if live.unmapping.len() >= IMPORTS_MAX {
+            return None;
+        }
+        if let Some((_, older)) = live.importing.replace((request, number)) {
+            // Dropped when it ends; whoever asks to let go waits for that, too.
+            live.unmapping.push(older);
+        }
+        // Whoever asked to let go has presented memory again since.
+        live.unregister_next = None;
+        Some(number)
     }
 
     /// It has ended. Whether its result is still wanted.
     pub fn imported(&mut self, session: SessionId, request: u64) -> bool {
         let live = self.sessions.get_mut(&session);
-        live.is_some_and(|live| live.importing.take_if(|newest| *newest == request).is_some())
+        live.is_some_and(|live| live.importing.take_if(|(newest, _)| *newest == request).is_some())
     }
 
     /// A worker's memory is about to go away.
@@ -461,6 +471,8 @@ impl Driver {
                 if let Some(mut live) = self.sessions.remove(&session) {
                     live.leaving.extend(live.mover.take());
                     live.unmap_leaving();
+                    // Dropped when it ends.
+                    live.unmapping.extend(live.importing.take().map(|(_, number)| number));
                     if !live.unmapping.is_empty() {
                         self.ending.insert(session, live);
                     }

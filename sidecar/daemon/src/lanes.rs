@@ -133,9 +133,10 @@ fn serve(
         let blocks = moved.into_iter().map(|moved| outcome(job, direction, moved)).collect();
         let report = CopyReport { session, job, direction, way, blocks, took: begun.elapsed() };
         if reports.send(report).is_err() {
-            return;
+            break;
         }
     }
+    lane.close();
 }
 
 fn outcome(job: JobId, direction: Direction, moved: Moved) -> BlockOutcome {

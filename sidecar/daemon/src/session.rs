@@ -482,6 +482,11 @@ impl Connection {
                 // Only with a device does one get here.
                 let Some(gpu) = gpu else { return };
                 let number = self.shared.driver.borrow_mut().importing(session, request);
+                let Some(number) = number else {
+                    let text = "too many registrations are under way: wait for their end".to_owned();
+                    let busy = Err(Refused { reason: wire::Reason::Busy, text });
+                    return registered_or_refused(&self.shared, session, request, busy);
+                };
                 let (unmapped, reports) = (self.shared.unmapped.clone(), self.shared.reports.clone());
                 let (tell, told) = oneshot::channel();
                 let work = move || {
@@ -493,6 +498,7 @@ impl Connection {
                 let spawned = std::thread::Builder::new().name("pillion-import".into()).spawn(work);
                 if let Err(error) = spawned {
                     tracing::error!("cannot start a thread: {error}");
+                    let _ = self.shared.unmapped.send((session, number));
                 }
                 let shared = Rc::clone(&self.shared);
                 tokio::task::spawn_local(async move {

@@ -30,7 +30,7 @@ use crate::{
     copier::Copiers,
     device,
     driver::{Driver, Parts, SESSION_JOBS_MAX, SharedDriver},
-    http, machine,
+    http,
     metrics::Metrics,
     places::{Machine, Places, open_private},
     report,
@@ -98,17 +98,9 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
     let places = Places::choose(&config, &Machine)?;
     places.prepare(config.admits_other_users())?;
     let secret = ClusterSecret::open_or_create(&places.secret())?;
-    let available = machine::available_memory_bytes().context("cannot read the available memory")?;
-    let pool_bytes =
-        config.host_pool.resolve(available) / pillion_core::CHUNK_BYTES * pillion_core::CHUNK_BYTES;
-    anyhow::ensure!(
-        pool_bytes > 0,
-        "expected a host pool of at least {} bytes, got {}: raise host_pool",
-        pillion_core::CHUNK_BYTES,
-        config.host_pool
-    );
     let watchdog = Watchdog::default();
-    let device::Memory { pool, gpu } = prepare(&config, pool_bytes, &watchdog).await?;
+    let device::Memory { pool, gpu } = prepare(&config, &watchdog).await?;
+    let pool_bytes = pool.bytes();
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"), SystemTime::now()));
     let (reports, mut copied) = mpsc::unbounded_channel();
     let copiers =
@@ -310,12 +302,12 @@ fn end_if_stuck(watchdog: &Watchdog) {
 }
 
 /// Makes pool and device on a thread of its own, beating meanwhile.
-async fn prepare(config: &Config, pool_bytes: u64, watchdog: &Watchdog) -> Result<device::Memory> {
+async fn prepare(config: &Config, watchdog: &Watchdog) -> Result<device::Memory> {
     let (tell, mut told) = tokio::sync::oneshot::channel();
     let (config, dog) = (config.clone(), watchdog.clone());
     std::thread::Builder::new()
         .name("pillion-prepare".into())
-        .spawn(move || drop(tell.send(device::prepare(&config, pool_bytes, &dog))))
+        .spawn(move || drop(tell.send(device::prepare(&config, &dog))))
         .context("cannot start a thread")?;
     loop {
         tokio::select! {

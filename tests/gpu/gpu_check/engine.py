@@ -167,9 +167,9 @@ class DeviceEngine(FakeEngine):
         assert not refused, f"{self.name}: {self.told()}"
         return super().pump_ready()
 
-    def sleep(self) -> bool:
+    def sleep(self, wait_ms: int = 5000) -> bool:
         """Lets go of the memory. Says whether nobody else has it any more."""
-        let_go: bool = self.worker.unregister(5000)
+        let_go: bool = self.worker.unregister(wait_ms)
         self.poll()
         assert not (let_go and self.jobs), (
             f"{self.name}: let go, but not of {list(map(str, self.jobs.values()))}"

@@ -181,8 +181,8 @@ class Session(Measure):
     def await_again(self, before: list[int], seconds: float = 30) -> None:
         self.engine.await_again((before[0], before[1]), seconds)
 
-    def sleep(self) -> bool:
-        return self.engine.sleep()
+    def sleep(self, wait_ms: int = 5000) -> bool:
+        return self.engine.sleep(wait_ms)
 
     def wake(self) -> None:
         self.engine.wake()
