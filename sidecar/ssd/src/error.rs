@@ -38,7 +38,7 @@ pub enum OpenError {
     /// Another process uses it.
     #[error("{path}: in use by another process: one directory serves one sidecar")]
     Busy {
-        /// The superblock.
+        /// The directory.
         path: PathBuf,
     },
     /// The file system does no direct I/O.

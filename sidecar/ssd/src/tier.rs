@@ -1,7 +1,7 @@
 //! The tier as a service: one thread owns the store, one thread per directory does its I/O.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashSet, VecDeque},
     io,
     path::PathBuf,
     sync::{
@@ -141,7 +141,7 @@ impl Tier {
         let mut directories = Vec::new();
         let mut shapes = Vec::new();
         for one in &config.directories {
-            let mut directory = Directory::open(&one.path, Use::Own { segment_bytes: config.segment_bytes })?;
+            let directory = Directory::open(&one.path, Use::Own { segment_bytes: config.segment_bytes })?;
             let block = directory.superblock();
             let slots = one.capacity_bytes / block.segment_bytes;
             if !(SEGMENTS_MIN..=u64::from(SLOTS_MAX)).contains(&slots) {
@@ -149,9 +149,12 @@ impl Tier {
                     format!("{SEGMENTS_MIN} to {SLOTS_MAX} segments of {} bytes", block.segment_bytes);
                 return Err(OpenError::Setting { what: "capacity", expected, got: one.capacity_bytes });
             }
-            directory.shrink(slots as u32)?;
             shapes.push((block, slots as u32));
             directories.push((one.path.clone(), directory));
+        }
+        // Nothing is removed before all of them can be used.
+        for ((_, directory), (_, slots)) in directories.iter_mut().zip(&shapes) {
+            directory.shrink(*slots)?;
         }
         let draw = Box::new(|| random().expect("the kernel has random bytes"));
         let mut store = Store::new(&shapes, Arc::clone(memory), config.limits, draw);
@@ -266,7 +269,12 @@ impl Owner {
         loop {
             self.act();
             if self.is_closing && self.store.is_idle() {
-                return;
+                // After the last record: what was queued is in it.
+                self.store.close();
+                self.act();
+                if self.store.is_idle() {
+                    return;
+                }
             }
             let Ok(first) = self.messages.recv() else { return };
             self.take(first);
@@ -304,10 +312,7 @@ impl Owner {
             Call::Remove(key) => {
                 self.store.remove(&key);
             }
-            Call::Close => {
-                self.is_closing = true;
-                self.store.close();
-            }
+            Call::Close => self.is_closing = true,
         }
     }
 
@@ -391,34 +396,101 @@ impl Drop for Port {
     }
 }
 
-/// Reads go before writes, and writes never take all places.
+/// Who goes next. Reads go before writes; what is no read has a quarter of the places where it waits for them,
+/// and never more than half.
+#[derive(Debug, Default)]
+struct Places {
+    depth: usize,
+    reads: VecDeque<Op>,
+    others: VecDeque<Op>,
+    in_flight: usize,
+    /// Tickets of what is in flight and no read.
+    others_in_flight: HashSet<u64>,
+}
+
+impl Places {
+    fn push(&mut self, op: Op) {
+        if op.what == What::Read { &mut self.reads } else { &mut self.others }.push_back(op);
+    }
+
+    fn next(&mut self) -> Option<Op> {
+        let (share, half) = ((self.depth / 4).max(1), self.depth.div_ceil(2));
+        let others = self.others_in_flight.len();
+        let owed = if self.others.is_empty() { 0 } else { share.saturating_sub(others) };
+        let read = self.reads.pop_front_if(|_| self.in_flight + owed < self.depth);
+        let may = others < half && self.in_flight < self.depth;
+        let op = read.or_else(|| self.others.pop_front_if(|_| may))?;
+        self.in_flight += 1;
+        if op.what != What::Read {
+            self.others_in_flight.insert(op.ticket);
+        }
+        Some(op)
+    }
+
+    fn ended(&mut self, ticket: u64) {
+        self.in_flight -= 1;
+        self.others_in_flight.remove(&ticket);
+    }
+}
+
 fn work(device: &mut dyn Device, queue: &Receiver<Op>, tell: &Sender<Message>) {
-    let (mut reads, mut others) = (VecDeque::new(), VecDeque::new());
-    let (depth, mut in_flight, mut done) = (device.depth(), 0, Vec::new());
+    let mut places = Places { depth: device.depth(), ..Places::default() };
+    let mut done = Vec::new();
     loop {
         let is_over = loop {
             match queue.try_recv() {
-                Ok(op) if op.what == What::Read => reads.push_back(op),
-                Ok(op) => others.push_back(op),
+                Ok(op) => places.push(op),
                 Err(TryRecvError::Empty) => break false,
                 Err(TryRecvError::Disconnected) => break true,
             }
         };
-        while in_flight < depth {
-            let next = reads.pop_front().or_else(|| others.pop_front_if(|_| in_flight < depth.div_ceil(2)));
-            let Some(op) = next else { break };
+        while let Some(op) = places.next() {
             device.submit(op);
-            in_flight += 1;
         }
-        if is_over && in_flight == 0 {
+        if is_over && places.in_flight == 0 {
             return;
         }
         device.wait(None, &mut done);
-        in_flight -= done.len();
+        done.iter().for_each(|one| places.ended(one.ticket));
         if !done.is_empty() && tell.send(Message::Done(std::mem::take(&mut done))).is_err() {
             // Nobody listens: end what is in flight, take no more.
-            reads.clear();
-            others.clear();
+            places.reads.clear();
+            places.others.clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn op(ticket: u64, what: What) -> Op {
+        Op { ticket, slot: 0, what, at: 0, parts: Vec::new() }
+    }
+
+    #[test]
+    fn a_write_gets_its_share_while_reads_take_all_places_and_never_more_than_half() {
+        let mut places = Places { depth: 16, ..Places::default() };
+        (0..1000).for_each(|ticket| places.push(op(ticket, What::Read)));
+        let mut flying: VecDeque<u64> = std::iter::from_fn(|| places.next()).map(|op| op.ticket).collect();
+        assert_eq!(flying.len(), 16, "reads alone take all places");
+        (1000..1100).for_each(|ticket| places.push(op(ticket, What::Write)));
+        for _ in 0..200 {
+            places.ended(flying.pop_front().unwrap());
+            flying.extend(std::iter::from_fn(|| places.next()).map(|op| op.ticket));
+            assert_eq!((flying.len(), places.in_flight), (16, 16));
+            assert!(places.others_in_flight.len() <= 4, "reads still first");
+        }
+        assert!(places.others.len() < 70, "writes go on: {} wait", places.others.len());
+        places.reads.clear();
+        for _ in 0..16 {
+            places.ended(flying.pop_front().unwrap());
+            flying.extend(std::iter::from_fn(|| places.next()).map(|op| op.ticket));
+        }
+        assert_eq!(
+            (flying.len(), places.others_in_flight.len()),
+            (8, 8),
+            "half, however few reads there are"
+        );
     }
 }

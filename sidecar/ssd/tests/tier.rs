@@ -286,3 +286,56 @@ fn settings_that_cannot_be_met_are_refused_with_what_was_expected() {
     let error = Tier::start(&odd, &pool.memory, hooks(), |_| ()).unwrap_err();
     assert!(error.to_string().starts_with("segment length: expected a multiple of 4096"));
 }
+
+#[test]
+fn of_many_that_find_one_new_directory_one_makes_it_its_own() {
+    let home = scratch();
+    // The lock comes before the look: while somebody has it nothing is written.
+    let own = || Directory::open(home.path(), Use::Own { segment_bytes: SEGMENT });
+    let lock = fs::File::open(home.path()).unwrap();
+    lock.lock().unwrap();
+    assert!(matches!(own(), Err(OpenError::Busy { .. })));
+    assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+    drop(lock);
+    let opened: Vec<_> = std::thread::scope(|scope| {
+        let all: Vec<_> = (0..8).map(|_| scope.spawn(own)).collect();
+        all.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    assert_eq!(opened.iter().filter(|one| one.is_ok()).count(), 1);
+    assert!(opened.iter().all(|one| matches!(one, Ok(_) | Err(OpenError::Busy { .. }))));
+}
+
+#[test]
+fn a_file_of_another_length_is_removed_only_if_it_never_had_a_record_and_everything_else_is_right() {
+    let (home, other) = (scratch(), scratch());
+    let pool = Pool::new();
+    drop(start(&[home.path()], &pool, Engine::Threads).unwrap());
+    let unfilled = home.path().join("00000007.segment");
+    let signed = home.path().join("+0000001.segment");
+    fs::write(&unfilled, [0; 8192]).unwrap();
+    fs::write(&signed, vec![0; SEGMENT as usize]).unwrap();
+    // Another directory cannot be used: this one is left as it is.
+    fs::write(other.path().join("photo.jpg"), "x").unwrap();
+    assert!(start(&[home.path(), other.path()], &pool, Engine::Threads).is_err());
+    assert!(unfilled.exists());
+    drop(start(&[home.path()], &pool, Engine::Threads).unwrap());
+    assert!(!unfilled.exists() && signed.exists());
+    for length in [8192, SEGMENT as usize + 4096] {
+        fs::write(&unfilled, vec![7; length]).unwrap();
+        assert!(matches!(start(&[home.path()], &pool, Engine::Threads), Err(OpenError::Refused { .. })));
+        assert_eq!(fs::read(&unfilled).unwrap().len(), length);
+        fs::remove_file(&unfilled).unwrap();
+    }
+    drop(start(&[home.path()], &pool, Engine::Threads).unwrap());
+}
+
+#[test]
+fn an_orderly_end_seals_what_was_queued() {
+    let (home, mut pool) = (scratch(), Pool::new());
+    let run = start(&[home.path()], &pool, Engine::Threads).unwrap();
+    (0..20).for_each(|n| run.put(&mut pool, n, n, false));
+    drop(run);
+    let again = start(&[home.path()], &pool, Engine::Threads).unwrap();
+    let report = again.started[0].report;
+    assert_eq!((report.scanned, report.records), (0, 20));
+}

@@ -8,22 +8,20 @@ use std::{
 };
 
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, Mode, OFlags},
+    fs::{CWD, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags},
     io::Errno,
     process::{Resource, Rlimit},
 };
 
 use crate::{
     error::OpenError,
-    format::{DirectoryId, SECTOR, Superblock},
+    format::{DirectoryId, Refused, SECTOR, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, Superblock},
     memory::Aligned,
 };
 
 /// The file that says that a directory is ours.
 pub const SUPERBLOCK: &str = "pillion-ssd";
 const NEW: &str = "pillion-ssd.new";
-const SEGMENT_BYTES_MIN: u64 = 64 << 10;
-const SEGMENT_BYTES_MAX: u64 = 4 << 30;
 
 /// Why a directory is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,11 +39,13 @@ pub enum Use {
 #[derive(Debug)]
 pub struct Directory {
     path: PathBuf,
-    /// The lock lives as long as this.
-    _lock: File,
+    /// The directory itself; the lock lives as long as this.
+    _lock: OwnedFd,
     block: Superblock,
     writable: bool,
     files: Vec<Option<OwnedFd>>,
+    /// Made and not filled when the power went: they never had a record.
+    unfilled: Vec<PathBuf>,
 }
 
 impl Directory {
@@ -63,27 +63,37 @@ impl Directory {
             }
         }
         let marker = path.join(SUPERBLOCK);
+        // Before anything is looked at: of two that find it empty one makes it its own.
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let lock = rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|errno| failed(path, "open", errno.into()))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
+            Errno::WOULDBLOCK => OpenError::Busy { path: path.to_owned() },
+            errno => failed(path, "lock", errno.into()),
+        })?;
         if !marker.exists() {
             match purpose {
                 Use::Own { segment_bytes } => make_ours(path, segment_bytes)?,
                 Use::Inspect => return Err(not_ours(path)),
             }
         }
-        let mut lock = File::open(&marker).map_err(|source| failed(&marker, "open", source))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            Errno::WOULDBLOCK => OpenError::Busy { path: marker.clone() },
-            errno => failed(&marker, "lock", errno.into()),
-        })?;
+        let file = File::open(&marker).map_err(|source| failed(&marker, "open", source))?;
         let mut bytes = Vec::new();
-        lock.by_ref()
-            .take(SECTOR as u64 + 1)
+        file.take(SECTOR as u64 + 1)
             .read_to_end(&mut bytes)
             .map_err(|source| failed(&marker, "read", source))?;
         let block = Superblock::decode(&bytes)
             .map_err(|source| OpenError::Refused { path: marker.clone(), source })?;
         allow_many_files();
         let writable = purpose != Use::Inspect;
-        let mut directory = Self { path: path.to_owned(), _lock: lock, block, writable, files: Vec::new() };
+        let mut directory = Self {
+            path: path.to_owned(),
+            _lock: lock,
+            block,
+            writable,
+            files: Vec::new(),
+            unfilled: Vec::new(),
+        };
         directory.open_files()?;
         Ok(directory)
     }
@@ -99,11 +109,15 @@ impl Directory {
         there.map(|(slot, _)| slot as u32).collect()
     }
 
-    /// Removes segment files from this number on: the capacity was lowered.
+    /// Removes segment files from this number on (the capacity was lowered), and those that were never filled.
+    /// Nothing was removed before: all settings can be looked at first.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn shrink(&mut self, slots: u32) -> Result<(), OpenError> {
+        for path in std::mem::take(&mut self.unfilled) {
+            fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
+        }
         for slot in self.slots().into_iter().filter(|slot| *slot >= slots) {
             let path = self.segment_path(slot);
             self.files[slot as usize] = None;
@@ -160,11 +174,13 @@ impl Directory {
         self.path.join(format!("{slot:08}.segment"))
     }
 
-    /// Files of another name or another length are not touched.
+    /// Files of another name are not touched.
     fn open_files(&mut self) -> Result<(), OpenError> {
         let mode = if self.writable { OFlags::RDWR } else { OFlags::RDONLY };
         for name in names(&self.path)? {
             let number = name.strip_suffix(".segment").filter(|digits| digits.len() == 8);
+            // `parse` would take a sign.
+            let number = number.filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()));
             let Some(slot) = number.and_then(|digits| digits.parse::<u32>().ok()) else { continue };
             if slot >= SLOTS_MAX {
                 continue;
@@ -180,8 +196,11 @@ impl Directory {
             if whole {
                 self.keep(slot, file);
             } else if self.writable {
-                // Made and not filled when the power went: it never had a record.
-                fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
+                let is_shorter = (stat.st_size as u64) < self.block.segment_bytes;
+                if !is_shorter || !starts_with_zeros(&path)? {
+                    return Err(OpenError::Refused { path, source: Refused::Other("segment length") });
+                }
+                self.unfilled.push(path);
             }
         }
         Ok(())
@@ -193,6 +212,14 @@ pub const SLOTS_MAX: u32 = 1 << 20;
 
 fn failed(path: &Path, doing: &'static str, source: io::Error) -> OpenError {
     OpenError::Io { path: path.to_owned(), doing, source }
+}
+
+/// Whether a file's first sector, as far as it is there, is zero.
+fn starts_with_zeros(path: &Path) -> Result<bool, OpenError> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).map_err(|source| failed(path, "open", source))?;
+    file.take(SECTOR as u64).read_to_end(&mut bytes).map_err(|source| failed(path, "read", source))?;
+    Ok(bytes.iter().all(|byte| *byte == 0))
 }
 
 fn names(path: &Path) -> Result<Vec<String>, OpenError> {
@@ -228,7 +255,8 @@ fn make_ours(path: &Path, segment_bytes: u64) -> Result<(), OpenError> {
     let write = || {
         fs::write(&new, sector.bytes())?;
         File::open(&new)?.sync_all()?;
-        fs::rename(&new, path.join(SUPERBLOCK))?;
+        // Never in the place of another one.
+        rustix::fs::renameat_with(CWD, &new, CWD, path.join(SUPERBLOCK), RenameFlags::NOREPLACE)?;
         File::open(path)?.sync_all()
     };
     write().map_err(|source| failed(&new, "write", source))

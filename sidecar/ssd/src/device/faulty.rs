@@ -2,7 +2,8 @@
 //!
 //! The fault model. Writes go into a volatile cache; a sync makes the cache of one file stable. Operations in
 //! flight are done in any order (seeded). A crash keeps an arbitrary subset of the unsynced 512-byte units,
-//! those of operations in flight included. The n-th operation can fail, end short, go elsewhere, or be the
+//! those of operations in flight included. A failed sync makes a random part of the cache stable, and the rest
+//! is read until a crash and never stable. The n-th operation can fail, end short, go elsewhere, or be the
 //! last before the crash.
 
 use std::{
@@ -81,6 +82,13 @@ struct File {
     unsynced: BTreeSet<usize>,
 }
 
+impl File {
+    fn settle(&mut self, unit: usize) {
+        let range = unit * UNIT..(unit + 1) * UNIT;
+        self.stable[range.clone()].copy_from_slice(&self.now[range]);
+    }
+}
+
 /// What outlives a crash, and the faults to come.
 #[derive(Debug)]
 pub struct Disk {
@@ -130,8 +138,7 @@ impl Disk {
                     Crash::Prefix(_) => left.checked_sub(1).map(|less| left = less).is_some(),
                 };
                 if keep {
-                    let range = unit * UNIT..(unit + 1) * UNIT;
-                    file.stable[range.clone()].copy_from_slice(&file.now[range]);
+                    file.settle(unit);
                 }
             }
             file.now.clone_from(&file.stable);
@@ -177,6 +184,16 @@ impl Disk {
             bytes_written: self.bytes_written,
         };
         Arc::new(Mutex::new(disk))
+    }
+
+    /// A sync failed: some of what it was for is on the disk, and no later one brings the rest there.
+    fn forget(&mut self, slot: u32, dice: &mut Dice) {
+        let Some(file) = self.files.get_mut(&slot) else { return };
+        for unit in std::mem::take(&mut file.unsynced) {
+            if dice.below(2) == 0 {
+                file.settle(unit);
+            }
+        }
     }
 
     fn put(&mut self, slot: u32, at: u64, bytes: &[u8]) {
@@ -247,6 +264,9 @@ impl Faulty {
             return None;
         }
         let broken = disk.broken.filter(|(what, _)| *what == op.what).map(|(_, errno)| errno);
+        if op.what == What::Sync && (broken.is_some() || matches!(fault, Some(Fault::Errno(_)))) {
+            disk.forget(op.slot, &mut self.dice);
+        }
         if let Some(errno) = broken {
             return Some(Completion::judge(op, Err(errno)));
         }
@@ -262,8 +282,9 @@ impl Faulty {
             (_, What::Prepare) => Self::prepare(&mut disk, op.slot),
             (_, What::Sync) => {
                 if let Some(file) = disk.files.get_mut(&op.slot).filter(|_| fault != Some(Fault::Lost)) {
-                    file.stable.clone_from(&file.now);
-                    file.unsynced.clear();
+                    for unit in std::mem::take(&mut file.unsynced) {
+                        file.settle(unit);
+                    }
                 }
                 Ok(0)
             }

@@ -84,10 +84,10 @@ pub enum IoError {
 }
 
 impl IoError {
-    /// Whether the disk is full, which is nobody's fault.
+    /// Whether the disk is full, or the process has too many files open: the disk is not to blame.
     pub fn is_no_space(self) -> bool {
-        // ENOSPC, EDQUOT
-        matches!(self, Self::Os(28 | 122))
+        // ENOSPC, EDQUOT; EMFILE, ENFILE
+        matches!(self, Self::Os(28 | 122 | 23 | 24))
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::{Completion, Device, Op, Part, Wake, What, directory::Directory};
 use crate::{format::Superblock, memory::Memory};
@@ -92,18 +92,18 @@ impl Drop for Threads {
 /// One call moves all bytes, or the operation failed: no loop hides a short one.
 fn run(mut op: Op, file: &OwnedFd, memory: &Memory) -> Completion {
     let moved = match op.what {
-        What::Sync => rustix::fs::fdatasync(file).map(|()| 0),
+        What::Sync => retry_on_intr(|| rustix::fs::fdatasync(file)).map(|()| 0),
         What::Prepare => Ok(0),
         What::Write => memory.with_parts(&op.parts, |parts| {
             let slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
-            rustix::io::pwritev(file, &slices, op.at)
+            retry_on_intr(|| rustix::io::pwritev(file, &slices, op.at))
         }),
         What::Read => {
             let at = op.at;
             memory.with_parts_mut(&mut op.parts, |parts| {
                 let mut slices: Vec<IoSliceMut<'_>> =
                     parts.iter_mut().map(|part| IoSliceMut::new(part)).collect();
-                rustix::io::preadv(file, &mut slices, at)
+                retry_on_intr(|| rustix::io::preadv(file, &mut slices, at))
             })
         }
     };

@@ -55,7 +55,8 @@ pub struct Uring {
     memory: Arc<Memory>,
     flights: Vec<Option<Flight>>,
     vacant: Vec<usize>,
-    /// Entries that the submission queue had no room for yet are never kept: it is submitted instead.
+    /// Ended, and not told yet. Entries that the submission queue had no room for are never kept: it is submitted
+    /// instead.
     failed: Vec<Completion>,
     event: Arc<OwnedFd>,
     /// What the eventfd is read into.
@@ -104,7 +105,13 @@ impl Uring {
             }
             match self.ring.submit() {
                 Err(error) if !is_transient(&error) => return Err(error),
-                _ => {}
+                // The kernel may have no place for completions: take those that are there.
+                Err(_) => {
+                    let mut done = std::mem::take(&mut self.failed);
+                    self.reap(&mut done);
+                    self.failed = done;
+                }
+                Ok(_) => {}
             }
         }
     }
@@ -209,11 +216,25 @@ impl Uring {
         }
     }
 
+    /// Only the first `pushed` pieces of an operation got to the kernel: it fails when these have ended.
+    fn cut_short(&mut self, index: usize, pushed: usize) {
+        let Some(flight) = self.flights[index].as_mut() else { return };
+        flight.left -= flight.expected.len() - pushed;
+        flight.error = Some(EIO);
+        if flight.left == 0
+            && let Some(flight) = self.flights[index].take()
+        {
+            self.vacant.push(index);
+            self.failed.push(Completion::judge(flight.op, Err(EIO)));
+        }
+    }
+
     fn in_flight(&self) -> usize {
         self.flights.len() - self.vacant.len()
     }
 
-    fn enter(&mut self, timeout: Option<Duration>) {
+    /// Anything but an interruption, a timeout or a shortage is an error: a ring that is no ring any more.
+    fn enter(&mut self, timeout: Option<Duration>) -> io::Result<()> {
         let entered = match timeout {
             None => self.ring.submit_and_wait(1),
             Some(time) => {
@@ -222,10 +243,10 @@ impl Uring {
                 self.ring.submitter().submit_with_args(1, &args)
             }
         };
-        // Interrupted, timed out or short of memory: the caller comes again. Anything else is a ring that is
-        // no ring any more, and every operation would wait for ever.
-        if let Err(error) = entered {
-            assert!(is_transient(&error), "io_uring_enter: {error}");
+        match entered {
+            Err(error) if !is_transient(&error) => Err(error),
+            // The caller comes again.
+            _ => Ok(()),
         }
     }
 }
@@ -379,15 +400,19 @@ impl Device for Uring {
         self.flights[index] = Some(flight);
         for (piece, (entry, _)) in entries.into_iter().enumerate() {
             let entry = entry.user_data((index as u64) << 16 | piece as u64);
-            self.push(&entry).expect("a ring takes entries, or it is no ring any more");
+            if self.push(&entry).is_err() {
+                self.cut_short(index, piece);
+                return;
+            }
         }
     }
 
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>) {
-        done.append(&mut self.failed);
         self.listen();
+        done.append(&mut self.failed);
         let wanted = if done.is_empty() { timeout } else { Some(Duration::ZERO) };
-        self.enter(wanted);
+        // Every operation would wait for ever.
+        self.enter(wanted).expect("io_uring_enter");
         self.reap(done);
     }
 
@@ -402,7 +427,10 @@ impl Drop for Uring {
         let mut done = Vec::new();
         Waker(Arc::clone(&self.event)).wake();
         while self.in_flight() > 0 || self.is_listening {
-            self.enter(None);
+            if self.enter(None).is_err() {
+                // Nothing tells when the kernel is done with this memory: not even unwinding may free it.
+                std::process::abort();
+            }
             self.reap(&mut done);
         }
     }

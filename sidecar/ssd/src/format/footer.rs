@@ -66,9 +66,14 @@ impl Trailer {
             return Err(Refused::Other("segment"));
         }
         prove(sector, FOOT_NAME)?;
-        let fits = found.body_bytes.is_multiple_of(SECTOR as u64)
+        let records = u64::from(found.records);
+        let strings = 2 * (2 + super::TENANT_BYTES_MAX.max(super::FORMAT_BYTES_MAX) as u64);
+        let body_bytes_max = (records * (ENTRY_BYTES + strings)).next_multiple_of(SECTOR as u64);
+        let fits = records <= segment_bytes / (super::OVERHEAD + SECTOR as u64)
+            && found.body_bytes <= body_bytes_max
+            && found.body_bytes.is_multiple_of(SECTOR as u64)
             && found.body_bytes <= segment_bytes.saturating_sub(2 * SECTOR as u64)
-            && u64::from(found.records) * ENTRY_BYTES <= found.body_bytes;
+            && records * ENTRY_BYTES <= found.body_bytes;
         if fits { Ok(found) } else { Err(Refused::Malformed(FOOT_NAME)) }
     }
 }
@@ -185,7 +190,8 @@ impl Footer {
             let meta = RecordMeta { key, space, hash, parent, tenant, format, bytes, checksum };
             meta.check().ok()?;
             let entry = Entry { meta, segment: trailer.segment, sequence, position };
-            let in_place = position.is_multiple_of(SECTOR as u64) && position >= from;
+            let in_place =
+                sequence < super::SEQUENCE_MAX && position.is_multiple_of(SECTOR as u64) && position >= from;
             if !in_place || position.checked_add(entry.meta.footprint())? > records_end {
                 return None;
             }

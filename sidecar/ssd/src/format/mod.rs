@@ -11,7 +11,7 @@ pub use footer::{Entry, Footer, Trailer, footer_bytes};
 pub use record::{
     Asked, Commit, FORMAT_BYTES_MAX, RecordHeader, RecordMeta, TENANT_BYTES_MAX, VerifiedRecord,
 };
-pub use segment::{SegmentHeader, Superblock};
+pub use segment::{SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, SEQUENCE_MAX, SegmentHeader, Superblock};
 
 use std::fmt;
 

@@ -163,7 +163,8 @@ impl RecordHeader {
             _ => return None,
         };
         let meta = RecordMeta { key, space, hash, parent, tenant, format, bytes, checksum };
-        r.is_zero().then_some(Self { meta, segment, sequence, position })
+        let makes_sense = r.is_zero() && sequence < super::SEQUENCE_MAX;
+        makes_sense.then_some(Self { meta, segment, sequence, position })
     }
 
     /// The commit footer that belongs to this header.

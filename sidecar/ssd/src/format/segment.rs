@@ -5,6 +5,12 @@ use super::{DirectoryId, Refused, SECTOR, SegmentId, Writer, peek, prove};
 const SUPER: &[u8; 8] = b"PLNSSDT\x01";
 const SEGMENT: &[u8; 8] = b"PLNSEGM\x01";
 const SUPER_NAME: &str = "superblock of an SSD directory";
+/// Segment files are no shorter.
+pub const SEGMENT_BYTES_MIN: u64 = 64 << 10;
+/// Segment files are no longer.
+pub const SEGMENT_BYTES_MAX: u64 = 4 << 30;
+/// Sequences are below: counting on from one that was found never overflows.
+pub const SEQUENCE_MAX: u64 = 1 << 63;
 const SEGMENT_NAME: &str = "segment header";
 
 /// The only content of the file `pillion-ssd`: says that a directory is ours.
@@ -39,6 +45,7 @@ impl Superblock {
         })();
         block
             .filter(|block| block.segment_bytes.is_multiple_of(SECTOR as u64))
+            .filter(|block| (SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&block.segment_bytes))
             .filter(|_| r.is_zero())
             .ok_or(Refused::Malformed(SUPER_NAME))
     }
@@ -92,6 +99,7 @@ impl SegmentHeader {
             return Err(Refused::Other(name));
         }
         prove(sector, SEGMENT_NAME)?;
-        if r.is_zero() { Ok(found) } else { Err(Refused::Malformed(SEGMENT_NAME)) }
+        let makes_sense = r.is_zero() && found.first_sequence < SEQUENCE_MAX;
+        if makes_sense { Ok(found) } else { Err(Refused::Malformed(SEGMENT_NAME)) }
     }
 }

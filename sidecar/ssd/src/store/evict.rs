@@ -23,7 +23,12 @@ impl Store {
             view.state == State::Sealed && slot.is_none_or(|slot| slot == view.slot)
         };
         let views = self.shelves[shelf].views().filter(sealed);
-        let victim = views.min_by_key(|view| (view.live > 0, view.first_sequence))?.slot;
+        let Some(victim) = views.min_by_key(|view| (view.live > 0, view.first_sequence)) else {
+            // What waits for room ends.
+            self.pump(shelf);
+            return None;
+        };
+        let victim = victim.slot;
         self.shelves[shelf].segments[victim as usize].state = State::Draining;
         let mut room = self.shelves[shelf].block.segment_bytes / 2;
         let keys: Vec<RecordKey> = self.live_keys(shelf, victim).collect();
@@ -83,6 +88,9 @@ impl Store {
             }
             (header, _) => {
                 if let Err(error) = header {
+                    // Too many open files say nothing about the record.
+                    let shortage = matches!(error, GetError::Io(error) if error.is_no_space());
+                    self.shelves[shelf].segments[from.slot as usize].stays |= shortage;
                     self.bad_read(shelf, from.slot, asked, error);
                 }
                 self.relocated(from);
@@ -98,13 +106,19 @@ impl Store {
         self.free_if_drained(shelf, from.slot);
     }
 
-    /// The end of a life. Records that are still here could not be written elsewhere.
+    /// The end of a life. Records that are still here could not be written elsewhere: after an error the segment
+    /// is as it was, without room for them they go.
     pub(super) fn free_if_drained(&mut self, shelf: usize, slot: u32) {
         let segment = &self.shelves[shelf].segments[slot as usize];
         if segment.state != State::Draining || segment.relocating > 0 {
             return;
         }
         let left: Vec<RecordKey> = self.live_keys(shelf, slot).collect();
+        let segment = &mut self.shelves[shelf].segments[slot as usize];
+        if std::mem::take(&mut segment.stays) && !left.is_empty() {
+            segment.state = if segment.spoiled { State::Retired } else { State::Sealed };
+            return;
+        }
         for key in left {
             self.drop_record(key, DropReason::Evicted);
         }

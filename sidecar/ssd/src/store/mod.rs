@@ -9,7 +9,7 @@ mod tests;
 mod write;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     sync::Arc,
 };
 
@@ -29,7 +29,7 @@ pub use segment::{SegmentView, State};
 /// Bounds of a store.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Records that wait to be written or are being written.
+    /// Records that wait to be written, are being written, or wait for a sync.
     pub puts_max: usize,
     /// Records that are being read.
     pub gets_max: usize,
@@ -171,6 +171,8 @@ struct Put {
 struct Ack {
     owner: Owner,
     key: RecordKey,
+    /// Where the record will be when the sync has come; until then an older copy of it is the live one.
+    place: Option<Location>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -213,7 +215,8 @@ pub struct Life<'a> {
 pub struct Store {
     shelves: Vec<Shelf>,
     index: HashMap<RecordKey, Location>,
-    writing: HashSet<RecordKey>,
+    /// Keys that wait or are being written, each with its put's token.
+    writing: HashMap<RecordKey, u64>,
     pending: HashMap<u64, (u16, u32, Pending)>,
     actions: VecDeque<Action>,
     memory: Arc<Memory>,
@@ -221,6 +224,8 @@ pub struct Store {
     limits: Limits,
     counters: Counters,
     gets: usize,
+    /// Durable puts whose record is there and that wait for a sync.
+    acks: usize,
     next_ticket: u64,
     next_sequence: u64,
 }
@@ -243,7 +248,7 @@ impl Store {
         Self {
             shelves: directories.iter().map(|(block, slots)| Shelf::new(*block, *slots)).collect(),
             index: HashMap::new(),
-            writing: HashSet::new(),
+            writing: HashMap::new(),
             pending: HashMap::new(),
             actions: VecDeque::new(),
             memory,
@@ -251,6 +256,7 @@ impl Store {
             limits,
             counters: Counters::default(),
             gets: 0,
+            acks: 0,
             next_ticket: 0,
             next_sequence: 1,
         }
@@ -338,10 +344,10 @@ impl Store {
         if extent.bytes != meta.bytes || !self.memory.holds(extent) {
             return Err(PutError::Extent);
         }
-        if self.writing.contains(&meta.key) {
+        if self.writing.contains_key(&meta.key) {
             return Err(PutError::BeingWritten);
         }
-        if self.writing.len() >= self.limits.puts_max {
+        if self.writing.len() + self.acks >= self.limits.puts_max {
             return Err(PutError::Busy);
         }
         let there = self.index.get(&meta.key).copied();
@@ -359,7 +365,7 @@ impl Store {
         if bytes > max {
             return Err(PutError::TooLong { bytes, max });
         }
-        self.writing.insert(meta.key);
+        self.writing.insert(meta.key, token);
         self.shelves[shelf].load += bytes;
         self.shelves[shelf].taken_bytes += bytes;
         self.shelves[shelf].queue.push_back(Put {
@@ -377,7 +383,8 @@ impl Store {
         let writer = self.shelves[shelf].segments[slot as usize].writer.as_mut();
         match writer.filter(|_| durable) {
             Some(writer) => {
-                writer.waiting.push(Ack { owner: Owner::Caller(token), key });
+                writer.waiting.push(Ack { owner: Owner::Caller(token), key, place: None });
+                self.acks += 1;
                 self.settle(shelf, slot);
             }
             // Sealed: a sync came before the footer, or recovery read it all. Retired ones are not proved.
@@ -520,7 +527,10 @@ impl Store {
         let same = there.is_some_and(|at| {
             usize::from(at.shelf) == shelf && at.slot == slot && at.position == asked.position
         });
-        if let GetError::Io(_) = error {
+        if let GetError::Io(error) = error {
+            if error.is_no_space() {
+                return;
+            }
             if same {
                 self.drop_record(asked.key, DropReason::Unreadable);
             }

@@ -74,6 +74,8 @@ pub(super) struct Segment {
     pub(super) proved: bool,
     /// It could not be read: retire it when it is sealed.
     pub(super) spoiled: bool,
+    /// An error kept a record of it from being written elsewhere: it stays as it is.
+    pub(super) stays: bool,
     pub(super) writer: Option<Box<Writer>>,
 }
 
@@ -127,6 +129,7 @@ impl Shelf {
             relocating: 0,
             proved: true,
             spoiled: false,
+            stays: false,
             writer: None,
         };
         Self {
@@ -262,12 +265,7 @@ impl Store {
             return;
         }
         for ack in acks {
-            match ack.owner {
-                Owner::Caller(token) => {
-                    self.actions.push_back(Action::Stored { token, key: ack.key, durable: true });
-                }
-                Owner::Relocation(from) => self.relocated(from),
-            }
+            self.acked(ack);
         }
         if let Some(writer) = self.at(shelf, slot).writer.as_mut() {
             writer.is_syncing = false;
@@ -279,9 +277,33 @@ impl Store {
             SyncFor::Seal => self.write_footer(shelf, slot),
             SyncFor::Sealed => {
                 let segment = self.at(shelf, slot);
-                segment.writer = None;
+                // Who came while the footer was synced: the records were synced before it.
+                let waiting = segment.writer.take().map(|writer| writer.waiting).unwrap_or_default();
                 segment.keys.shrink_to_fit();
                 segment.state = if segment.spoiled { State::Retired } else { State::Sealed };
+                waiting.into_iter().for_each(|ack| self.acked(ack));
+            }
+        }
+    }
+
+    /// A sync came after the record was written.
+    fn acked(&mut self, ack: Ack) {
+        self.acks -= usize::from(ack.place.is_none());
+        match ack.owner {
+            Owner::Caller(token) => {
+                if let Some(location) = ack.place {
+                    self.place(ack.key, location);
+                }
+                self.no_longer_written(&ack.key, token);
+                self.actions.push_back(Action::Stored { token, key: ack.key, durable: true });
+            }
+            Owner::Relocation(from) => {
+                // It may have been removed, or found corrupt, while it was copied.
+                let still = self.index.get(&ack.key) == Some(&from);
+                if let Some(location) = ack.place.filter(|_| still) {
+                    self.place(ack.key, location);
+                }
+                self.relocated(from);
             }
         }
     }
@@ -402,6 +424,7 @@ impl Store {
 
     fn fail_acks(&mut self, acks: &[Ack], error: IoError) {
         for ack in acks {
+            self.acks -= usize::from(ack.place.is_none());
             self.failed(ack.owner, ack.key, PutError::Io(error));
         }
     }

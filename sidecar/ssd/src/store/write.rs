@@ -4,7 +4,7 @@ use super::{Ack, Action, Owner, Pending, Put, Store};
 use crate::{
     device::{IoError, Part, What},
     error::PutError,
-    format::{Entry, SECTOR},
+    format::{Entry, RecordKey, SECTOR},
     memory::Aligned,
     store::{Location, State},
 };
@@ -151,41 +151,60 @@ impl Store {
             bytes: put.meta.bytes,
             sequence: entry.sequence,
         };
-        let wanted = match put.owner {
+        let waits = match put.owner {
             Owner::Caller(_) => {
-                self.writing.remove(&key);
                 self.counters.stored += 1;
+                // What is there is a copy that nobody vouches for, and it may be a durable one: it counts until
+                // this one is durable for certain.
+                self.index.contains_key(&key)
+            }
+            // The old copy counts, and its segment is not written again, until this one is durable.
+            Owner::Relocation(_) => {
+                self.counters.relocated += 1;
                 true
             }
-            // It may have been removed, or found corrupt, while it was copied.
-            Owner::Relocation(from) => {
-                self.counters.relocated += 1;
-                self.index.get(&key) == Some(&from)
-            }
         };
-        if wanted {
+        if !waits {
             self.place(key, location);
+            if let Owner::Caller(token) = put.owner {
+                self.no_longer_written(&key, token);
+            }
         }
         let Some(writer) = self.shelves[shelf].segments[slot as usize].writer.as_mut() else { return };
-        if wanted {
+        if !waits {
             writer.unsynced.push((key, entry.position));
         }
         match put.owner {
-            Owner::Caller(token) if !put.durable => {
+            Owner::Caller(token) if !put.durable && !waits => {
                 self.actions.push_back(Action::Stored { token, key, durable: false });
             }
-            owner => writer.waiting.push(Ack { owner, key }),
+            owner => {
+                // One that waits with its place is still one that is being written.
+                self.acks += usize::from(!waits);
+                writer.waiting.push(Ack { owner, key, place: waits.then_some(location) });
+            }
+        }
+    }
+
+    pub(super) fn no_longer_written(&mut self, key: &RecordKey, token: u64) {
+        if self.writing.get(key) == Some(&token) {
+            self.writing.remove(key);
         }
     }
 
     /// The one bad ending of a put.
-    pub(super) fn failed(&mut self, owner: Owner, key: crate::format::RecordKey, error: PutError) {
+    pub(super) fn failed(&mut self, owner: Owner, key: RecordKey, error: PutError) {
         match owner {
             Owner::Caller(token) => {
-                self.writing.remove(&key);
+                self.no_longer_written(&key, token);
                 self.actions.push_back(Action::StoreFailed { token, key, error });
             }
-            Owner::Relocation(from) => self.relocated(from),
+            Owner::Relocation(from) => {
+                // After an error, room is no reason to lose what is still whole where it was.
+                self.shelves[usize::from(from.shelf)].segments[from.slot as usize].stays |=
+                    error != PutError::NoRoom;
+                self.relocated(from);
+            }
         }
     }
 

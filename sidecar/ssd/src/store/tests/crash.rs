@@ -140,15 +140,22 @@ fn a_copy_that_lost_its_payload_does_not_hide_the_older_whole_one() {
     let from = world.store.index[&key(0)];
     // Written again to make room, and the power goes before the sync.
     world.store.evict(0, Some(from.slot), |key| number(key) == 0);
-    while world.store.index.get(&key(0)) == Some(&from) {
+    let to = loop {
+        let moved = world.store.pending.values().find_map(|(_, _, pending)| match pending {
+            Pending::Sync { acks, .. } => acks.iter().find_map(|ack| ack.place),
+            _ => None,
+        });
+        if let Some(to) = moved {
+            break to;
+        }
         let mut done = Vec::new();
         while let Some(action) = world.store.next_action() {
             world.act(action);
         }
         world.device.wait(None, &mut done);
         done.into_iter().for_each(|completion| world.store.completed(completion));
-    }
-    let to = world.store.index[&key(0)];
+    };
+    assert_eq!(world.store.index[&key(0)], from, "the old copy counts until the new one is durable");
     let payload = to.position as usize + SECTOR;
     disk.lock().unwrap().tamper(to.slot, |file| file[payload..payload + 512].fill(0));
     let mut again = World::on(&disk, 2);
@@ -171,4 +178,26 @@ fn a_record_beyond_what_recovery_proves_is_written_again_when_it_is_put() {
     other.save(0, true);
     assert!(other.load(0));
     other.check();
+}
+
+#[test]
+fn a_copy_that_nobody_vouches_for_counts_until_the_next_one_is_durable() {
+    let disk = Disk::new(SEGMENT);
+    let mut first = World::on(&disk, 1);
+    first.save(0, true);
+    first.store.close();
+    first.drive();
+    let mut world = World::on(&disk, 2);
+    let old = world.store.index[&key(0)].slot;
+    world.store.shelves[0].segments[old as usize].proved = false;
+    world.save(0, false);
+    world.store.evict(0, None, |_| false);
+    disk.lock().unwrap().broken = Some((What::Write, 5));
+    world.save(2, false);
+    disk.lock().unwrap().broken = None;
+    world.save(3, true);
+    world.check();
+    assert!(world.load(0));
+    disk.lock().unwrap().crash(Crash::LoseAll);
+    assert!(World::on(&disk, 3).load(0));
 }

@@ -185,3 +185,105 @@ fn a_durable_put_of_a_record_in_a_retired_segment_is_written_where_it_can_be_syn
     disk.lock().unwrap().crash(Crash::LoseAll);
     assert!(World::on(&disk, 2).load(0));
 }
+
+#[test]
+fn a_durable_record_outlives_an_error_while_it_is_kept_and_the_loss_of_power() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    (0..6).for_each(|n| world.save(n, true));
+    let from = world.store.index[&key(0)].slot;
+    assert_eq!(from, world.store.index[&key(1)].slot);
+    // A sync of the open segment takes its time; meanwhile one copy is written there, and the next one fails.
+    world.put(6, true).unwrap();
+    assert_eq!(world.drive_but(|op| op.what == What::Sync).len(), 1);
+    world.store.evict(0, Some(from), |key| number(key) < 2).unwrap();
+    let mut writes = 0;
+    let mut held = world.drive_but(|op| {
+        writes += u64::from(op.what == What::Write);
+        op.what == What::Sync || (op.what == What::Write && writes == 2)
+    });
+    assert_eq!((writes, held.len()), (2, 1));
+    disk.lock().unwrap().broken = Some((What::Write, BAD_MEDIUM));
+    world.device.submit(held.remove(0));
+    world.drive();
+    disk.lock().unwrap().broken = None;
+    assert!(world.load(0) && world.load(1));
+    world.save(20, true);
+    disk.lock().unwrap().crash(Crash::LoseAll);
+    let mut again = World::on(&disk, 2);
+    for n in [0, 1] {
+        let told = world.seen.dropped.iter().any(|(dropped, _)| *dropped == n);
+        assert!(again.load(n) || told, "record {n} is gone and nobody was told");
+    }
+}
+
+#[test]
+fn a_sync_that_fails_while_room_is_made_loses_nothing_that_was_durable() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    (0..6).for_each(|n| world.save(n, true));
+    let from = world.store.index[&key(0)].slot;
+    world.store.evict(0, Some(from), |key| number(key) < 2).unwrap();
+    let mut held = world.drive_but(|op| op.what == What::Sync);
+    assert_eq!(held.len(), 1);
+    disk.lock().unwrap().broken = Some((What::Sync, BAD_MEDIUM));
+    world.device.submit(held.remove(0));
+    let mut done = Vec::new();
+    world.device.wait(None, &mut done);
+    disk.lock().unwrap().broken = None;
+    done.into_iter().for_each(|completion| world.store.completed(completion));
+    world.drive();
+    world.save(20, true);
+    world.check();
+    assert!(world.load(0) && world.load(1) && world.seen.durable.is_superset(&[0, 1, 5, 20].into()));
+    disk.lock().unwrap().crash(Crash::LoseAll);
+    let mut again = World::on(&disk, 2);
+    assert!([0, 1, 5, 20].into_iter().all(|n| again.load(n)));
+}
+
+#[test]
+fn puts_end_when_nothing_is_left_to_evict() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    (0..40).for_each(|n| world.put(n, false).unwrap());
+    let mut done = Vec::new();
+    loop {
+        while let Some(action) = world.store.next_action() {
+            if let Action::WantsRoom { .. } = action {
+                // Between the question and the answer they turn out to be unreadable.
+                for segment in &mut world.store.shelves[0].segments {
+                    if segment.state == State::Sealed {
+                        segment.state = State::Retired;
+                    }
+                }
+                assert_eq!(world.store.evict(0, None, |_| true), None);
+            } else {
+                world.act(action);
+            }
+        }
+        world.device.wait(Some(Duration::ZERO), &mut done);
+        if done.is_empty() {
+            break;
+        }
+        done.drain(..).for_each(|completion| world.store.completed(completion));
+    }
+    world.check();
+    assert!(!world.seen.put_failed.is_empty());
+    assert!(world.seen.put_failed.values().all(|error| *error == PutError::NoRoom));
+}
+
+#[test]
+fn too_many_open_files_are_no_error_of_the_disk() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    (0..6).for_each(|n| world.save(n, true));
+    for what in [What::Read, What::Write] {
+        disk.lock().unwrap().broken = Some((what, 24));
+        world.load_all();
+        world.save(7, false);
+        disk.lock().unwrap().broken = None;
+    }
+    world.check();
+    assert_eq!(world.store.shelves[0].strikes, 0);
+    assert!((0..6).all(|n| world.load(n)));
+}

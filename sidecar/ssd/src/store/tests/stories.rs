@@ -146,11 +146,10 @@ fn the_verdict_names_what_is_there_and_what_is_wrong() {
 }
 
 #[test]
-#[ignore = "a million records: for release builds"]
-fn the_footers_of_a_million_records_are_read_in_seconds() {
+fn the_footers_of_a_full_directory_bring_all_its_records_back() {
     use crate::format::{DirectoryId, Footer, Trailer};
     const PER_SEGMENT: u64 = 128;
-    let (segment_bytes, segments) = (1 << 30, 1_000_000 / PER_SEGMENT);
+    let (segment_bytes, segments) = (1 << 30, 200);
     let block = Superblock { directory: DirectoryId([1; 16]), segment_bytes };
     let mut footers = Vec::new();
     for slot in 0..segments {
@@ -166,7 +165,6 @@ fn the_footers_of_a_million_records_are_read_in_seconds() {
         footers.push((id, bytes));
     }
     let memory = Arc::new(Memory::owned(LANE));
-    let began = std::time::Instant::now();
     let mut store = Store::new(&[(block, segments as u32)], memory, Limits::default(), Box::new(|| [0; 16]));
     for (slot, (id, bytes)) in footers.iter().enumerate() {
         let (body, trailer) = bytes.split_at(bytes.len() - SECTOR);
@@ -179,5 +177,39 @@ fn the_footers_of_a_million_records_are_read_in_seconds() {
         );
     }
     assert_eq!(store.len() as u64, segments * PER_SEGMENT);
-    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_durable_put_that_comes_while_the_footer_is_synced_ends() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    world.save(0, false);
+    world.store.close();
+    let mut syncs = 0;
+    let held = world.drive_but(|op| {
+        syncs += u64::from(op.what == What::Sync);
+        op.what == What::Sync && syncs == 2
+    });
+    world.put(0, true).unwrap();
+    assert!(world.drive_but(|_| false).is_empty());
+    held.into_iter().for_each(|op| world.device.submit(op));
+    world.drive();
+    world.check();
+    assert!(world.seen.durable.contains(&0));
+}
+
+#[test]
+fn durable_puts_that_wait_for_a_sync_are_bounded() {
+    let disk = Disk::new(SEGMENT);
+    let limits = Limits { puts_max: 3, ..Limits::default() };
+    let mut world = World::with(&disk, 1, limits);
+    world.save(0, false);
+    (0..3).for_each(|_| world.put(0, true).unwrap());
+    assert_eq!(world.put(0, true), Err(PutError::Busy));
+    assert_eq!(world.put(1, false), Err(PutError::Busy));
+    world.drive();
+    world.check();
+    world.put(1, true).unwrap();
+    world.drive();
+    world.check();
 }
