@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from chaos.fake_device import library
 from chaos.sidecar import Sidecar, daemon, ended, until
 from gpu_check.engine import shape
 from gpu_check.world import FAKE, MIB, Engine, World
@@ -27,17 +28,6 @@ ROOT = Path(__file__).parents[2]
 KV = shape(256 << 10, 200, "BLHNC")
 AT_ONCE: dict[str, Any] = {"ready": False, "canary_seconds": 0}
 """For engines that do not wait for their sidecar."""
-
-
-def library() -> Path:
-    """The fake device, built if there is none."""
-    places = [ROOT / "target" / kind / "libpillion_fake_cuda.so" for kind in ("debug", "release")]
-    if named := os.environ.get("PILLION_FAKE_CUDA_LIBRARY"):
-        places = [Path(named)]
-    elif not any(place.exists() for place in places):
-        build = ["cargo", "build", "--locked", "-p", "pillion-fake-cuda"]
-        subprocess.run(build, cwd=ROOT, check=True, timeout=500)
-    return max((place for place in places if place.exists()), key=lambda place: place.stat().st_mtime)
 
 
 @pytest.fixture(scope="module")

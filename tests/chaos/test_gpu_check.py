@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from chaos import fake_device
 from gpu_check import rows
 from gpu_check.__main__ import Check
 from gpu_check.budgets import BENCHES
@@ -29,14 +30,7 @@ NEEDS_TORCH = {name for name in SCENARIOS if "torch" in name} | {"graph-replays-
 
 @pytest.fixture(scope="module")
 def library() -> Path:
-    """The fake device, built if there is none."""
-    if named := os.environ.get("PILLION_FAKE_CUDA_LIBRARY"):
-        return Path(named)
-    places = [ROOT / "target" / kind / "libpillion_fake_cuda.so" for kind in ("debug", "release")]
-    if not any(place.exists() for place in places):
-        build = ["cargo", "build", "--locked", "-p", "pillion-fake-cuda"]
-        subprocess.run(build, cwd=ROOT, check=True, timeout=500)
-    return max((place for place in places if place.exists()), key=lambda place: place.stat().st_mtime)
+    return fake_device.library()
 
 
 @pytest.fixture(scope="module")

@@ -138,16 +138,7 @@ impl Imported {
         let number = fd.as_raw_fd() as usize as *mut core::ffi::c_void;
         cuda!(cuMemImportFromShareableHandle(&raw mut handle, number, POSIX_FD))?;
         let size = bytes as usize;
-        let mut base = 0;
-        if let Err(error) = cuda!(cuMemAddressReserve(&raw mut base, size, 0, 0, 0)) {
-            let _ = cuda!(cuMemRelease(handle));
-            return Err(error);
-        }
-        if let Err(error) = cuda!(cuMemMap(base, size, 0, handle, 0)) {
-            let _ = cuda!(cuMemAddressFree(base, size));
-            let _ = cuda!(cuMemRelease(handle));
-            return Err(error);
-        }
+        let base = map(handle, size)?;
         // From here on dropping undoes it.
         let imported = Self { base, bytes, way: Way::Vmm { handle }, context: Arc::clone(context) };
         allow(base, size, context.device().ordinal)?;
@@ -184,6 +175,22 @@ impl Drop for Imported {
     }
 }
 
+/// Maps a VMM allocation at an address of its own. Where that fails, the handle is given back.
+fn map(handle: u64, size: usize) -> Result<u64, CudaError> {
+    let mut base = 0;
+    if let Err(error) = cuda!(cuMemAddressReserve(&raw mut base, size, 0, 0, 0)) {
+        let _ = cuda!(cuMemRelease(handle));
+        return Err(error);
+    }
+    if let Err(error) = cuda!(cuMemMap(base, size, 0, handle, 0)) {
+        let _ = cuda!(cuMemAddressFree(base, size));
+        let _ = cuda!(cuMemRelease(handle));
+        return Err(error);
+    }
+    Ok(base)
+}
+
+/// Undoes [`map`].
 fn unmap(base: u64, size: usize, handle: u64) {
     let _ = cuda!(cuMemUnmap(base, size));
     let _ = cuda!(cuMemAddressFree(base, size));
@@ -240,16 +247,7 @@ impl Allocation {
         let size = (bytes as usize).next_multiple_of(grain.max(1));
         let mut handle = 0;
         cuda!(cuMemCreate(&raw mut handle, size, &raw const wanted, 0))?;
-        let mut base = 0;
-        if let Err(error) = cuda!(cuMemAddressReserve(&raw mut base, size, 0, 0, 0)) {
-            let _ = cuda!(cuMemRelease(handle));
-            return Err(error);
-        }
-        if let Err(error) = cuda!(cuMemMap(base, size, 0, handle, 0)) {
-            let _ = cuda!(cuMemAddressFree(base, size));
-            let _ = cuda!(cuMemRelease(handle));
-            return Err(error);
-        }
+        let base = map(handle, size)?;
         let made = Self { base, bytes: size as u64, handle: Some(handle), context: Arc::clone(context) };
         allow(base, size, context.device().ordinal)?;
         Ok(made)

@@ -25,5 +25,23 @@ pub(crate) struct Job {
     pub(crate) checksums: Vec<u64>,
 }
 
+impl Job {
+    /// One that has just begun, without lease or word.
+    pub(crate) fn new(direction: Direction, records: Vec<RecordId>, deadline_ns: u64) -> Self {
+        Self {
+            direction,
+            records,
+            lease: None,
+            word: 0,
+            tag: 0,
+            deadline_ns,
+            reported: false,
+            cancelled: false,
+            registration: 0,
+            checksums: Vec::new(),
+        }
+    }
+}
+
 /// A job is known by its session and its id.
 pub(crate) type JobKey = (SessionId, JobId);

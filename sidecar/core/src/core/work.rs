@@ -130,22 +130,22 @@ impl Core {
             });
             return;
         }
-        let direction = Direction::Save;
+        let running = Job { word, tag, ..Job::new(Direction::Save, records, deadline_ns) };
+        self.begin(save, running, items, actions);
+    }
+
+    /// A job that was found right: its copy starts.
+    fn begin(
+        &mut self,
+        submitted: &Submitted<'_>,
+        running: Job,
+        items: Vec<CopyItem>,
+        actions: &mut Vec<Action>,
+    ) {
+        let Submitted { session, job, event, .. } = *submitted;
         let registration = self.sessions.get(&session).map_or(0, |owner| owner.registrations);
-        let running = Job {
-            direction,
-            records,
-            lease: None,
-            word,
-            tag,
-            deadline_ns,
-            reported: false,
-            cancelled: false,
-            registration,
-            checksums: Vec::new(),
-        };
-        self.jobs.insert((session, job), running);
-        let event = save.event;
+        let direction = running.direction;
+        self.jobs.insert((session, job), Job { registration, ..running });
         actions.push(Action::Copy { session, job, direction, items, event });
     }
 
@@ -168,30 +168,15 @@ impl Core {
             Ok(proved) => proved,
             Err(refusal) => return self.refuse(load, Direction::Load, refusal, actions),
         };
-        let Submitted { session, job, deadline_ns, .. } = *load;
+        let Submitted { session, deadline_ns, .. } = *load;
         if let Some(lease) = self.leases.get_mut(lease_id) {
             lease.jobs += 1;
         }
         if let Some(owner) = self.sessions.get_mut(&session) {
             owner.jobs += 1;
         }
-        let direction = Direction::Load;
-        let registration = self.sessions.get(&session).map_or(0, |owner| owner.registrations);
-        let running = Job {
-            direction,
-            records,
-            lease: Some(lease_id),
-            word: 0,
-            tag: 0,
-            deadline_ns,
-            reported: false,
-            cancelled: false,
-            registration,
-            checksums: Vec::new(),
-        };
-        self.jobs.insert((session, job), running);
-        let event = load.event;
-        actions.push(Action::Copy { session, job, direction, items, event });
+        let running = Job { lease: Some(lease_id), ..Job::new(Direction::Load, records, deadline_ns) };
+        self.begin(load, running, items, actions);
     }
 
     /// The second comparison of identity (the first was the lease): every block of the job
