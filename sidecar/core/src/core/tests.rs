@@ -8,8 +8,8 @@ use pillion_shm::presence::IndexKey;
 
 use super::*;
 use crate::{
-    event::{BlockOutcome, CopyItem, Direction},
-    ids::JobId,
+    event::{BlockOutcome, CopyItem, Direction, TIER_HOST},
+    ids::{JobId, LeaseId},
     key::TenantKey,
 };
 
@@ -58,6 +58,7 @@ impl Rig {
             lease_ns: 30 * SECOND,
             lease_seed: [1; 32],
             generation: [2; 16],
+            ssd: None,
         });
         Self {
             core,
@@ -95,7 +96,10 @@ impl Rig {
                 Action::Leased { request, lease, blocks, .. } => {
                     self.leased.insert(request, (lease, blocks));
                 }
-                Action::TableSet { tenant, key } => assert!(self.present.insert((tenant, key)), "set twice"),
+                Action::TableSet { tenant, key, tiers } => {
+                    assert_eq!(tiers, TIER_HOST);
+                    assert!(self.present.insert((tenant, key)), "set twice");
+                }
                 Action::TableRemove { tenant, key } => {
                     assert!(self.present.remove(&(tenant, key)), "not there")
                 }
@@ -103,6 +107,7 @@ impl Rig {
                 Action::Unregistered { request, .. } => self.unregistered.push(request),
                 Action::ProtocolError { text, .. } => self.errors.push(text),
                 Action::Drained => self.drained = true,
+                Action::SsdPut { .. } | Action::SsdGet { .. } => panic!("there is no SSD"),
                 Action::NamespaceOpened { .. } | Action::CancelCopy { .. } => {}
             }
         }

@@ -10,7 +10,7 @@ use crate::{
     ids::{JobId, LeaseId, NamespaceId, SessionId},
     jobs::Job,
     key::BlockKey,
-    store::{NewRecord, Record, RecordId, State},
+    store::{NewRecord, RecordId, State},
 };
 
 impl Core {
@@ -84,14 +84,16 @@ impl Core {
         let mut items = Vec::new();
         let mut evicted = Vec::new();
         {
-            let Self { sessions, store, counters, limits, .. } = self;
+            let Self { sessions, store, ssd, counters, limits, .. } = self;
             let Some(owner) = sessions.get_mut(&session) else { return };
             let Some(registration) = &owner.registration else { return };
             let seed = owner.tenant.key.index_seed(&limits.generation);
+            let on_ssd = |key: &BlockKey| ssd.as_ref().is_some_and(|ssd| ssd.contains(key));
             let mut parent = parent.map(|hash| BlockKey::new(&owner.tenant.key, space, 0, &hash));
             for (position, (hash, block)) in save.hashes.iter().zip(save.blocks).enumerate() {
                 let key = BlockKey::new(&owner.tenant.key, space, 0, hash);
-                if store.find(&key).is_some() {
+                // What is on the SSD only is stored, too.
+                if store.find(&key).is_some() || on_ssd(&key) {
                     counters.blocks_deduplicated += 1;
                     parent = Some(key);
                     continue;
@@ -99,6 +101,8 @@ impl Core {
                 let new = NewRecord {
                     key,
                     index: IndexKey::new(seed, &space.0, hash),
+                    space,
+                    hash: *hash,
                     tenant: Arc::clone(&owner.tenant.name),
                     format: Arc::clone(&registration.format),
                     bytes: registration.record_bytes,
@@ -149,13 +153,6 @@ impl Core {
         actions.push(Action::Copy { session, job, direction, items, event });
     }
 
-    fn announce_evictions(&mut self, evicted: &[Record], actions: &mut Vec<Action>) {
-        self.counters.evictions += evicted.len() as u64;
-        for record in evicted {
-            actions.push(Action::TableRemove { tenant: Arc::clone(&record.tenant), key: record.index });
-        }
-    }
-
     pub(super) fn load(
         &mut self,
         load: &Submitted<'_>,
@@ -204,7 +201,8 @@ impl Core {
         for ((id, hash), block) in leased.iter().zip(load.hashes).zip(load.blocks) {
             let record = self.store.get(*id).ok_or(Refusal::Lease)?;
             let key = BlockKey::new(&owner.tenant.key, load.space, 0, hash);
-            if record.key != key || record.format != registration.format {
+            let same = record.format == registration.format && record.bytes == registration.record_bytes;
+            if record.key != key || !same {
                 return Err(Refusal::Identity);
             }
             if record.state != State::Published {
@@ -260,11 +258,17 @@ impl Core {
             if let Some(record) = self.store.publish(*id, checksum) {
                 self.counters.bytes_saved += record.bytes;
                 blocks += 1;
-                actions.push(Action::TableSet { tenant: Arc::clone(&record.tenant), key: record.index });
+                let (key, tenant, index) = (record.key, Arc::clone(&record.tenant), record.index);
+                self.announce(&key, &tenant, index, actions);
             }
             self.store.touch(*id);
         }
         self.counters.blocks_saved += u64::from(blocks);
+        running.writes_left = self.offer((session, job), &running.records);
+        if running.writes_left > 0 {
+            self.jobs.insert((session, job), running);
+            return;
+        }
         self.finish(session, job, &running, Outcome::Done, blocks, actions);
     }
 
@@ -291,8 +295,9 @@ impl Core {
                 BlockOutcome::Copied(_) => loaded += 1,
                 BlockOutcome::Corrupt => {
                     self.counters.checksum_failures += 1;
-                    if let Some((tenant, key)) = self.store.retire(*id) {
-                        actions.push(Action::TableRemove { tenant, key });
+                    if let Some((key, tenant, index)) = self.store.retire(*id) {
+                        // A copy on the SSD is proved when it is read.
+                        self.announce(&key, &tenant, index, actions);
                     }
                 }
                 BlockOutcome::Unreachable | BlockOutcome::Skipped => {}
@@ -315,7 +320,7 @@ impl Core {
         self.finish(session, job, &running, outcome, loaded as u32, actions);
     }
 
-    fn finish(
+    pub(super) fn finish(
         &mut self,
         session: SessionId,
         job: JobId,
