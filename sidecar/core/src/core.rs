@@ -15,6 +15,7 @@ use crate::{
     store::Store,
 };
 
+mod grant;
 mod ssd;
 mod wait;
 mod work;
@@ -24,6 +25,8 @@ use work::Submitted;
 
 /// Blocks that one lease or job may name.
 const MAX_BLOCKS: usize = 65_536;
+/// Runs that one lease or job may have.
+const MAX_RUNS: usize = 1024;
 /// Namespaces that are remembered; beyond it the sidecar refuses new ones until it restarts.
 const MAX_NAMESPACES: usize = 65_536;
 
@@ -212,8 +215,8 @@ impl Core {
                 }
             }
             Event::Unregister { session, request } => self.unregister(session, request, actions),
-            Event::Lease { session, request, space, hashes } => {
-                self.lease(session, request, space, &hashes, now_ns, actions);
+            Event::Lease { session, request, runs, hashes } => {
+                self.lease(session, request, &runs, &hashes, now_ns, actions);
             }
             Event::Renew { session, lease } => {
                 if let Some(lease) = self.leases.get_mut(lease).filter(|lease| lease.session == session) {
@@ -225,15 +228,15 @@ impl Core {
                     self.leases.release(lease, &mut self.store);
                 }
             }
-            Event::Save { session, job, space, parent, hashes, blocks, word, tag, deadline_ns, event } => {
+            Event::Save { session, job, runs, hashes, blocks, word, tag, deadline_ns, event } => {
                 let (hashes, blocks) = (&*hashes, &*blocks);
-                let save = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
-                self.save(&save, parent, word, tag, actions);
+                let save = Submitted { session, job, hashes, blocks, deadline_ns, event };
+                self.save(&save, &runs, word, tag, actions);
             }
-            Event::Load { session, job, lease, first, space, hashes, blocks, deadline_ns, event } => {
+            Event::Load { session, job, lease, runs, hashes, blocks, deadline_ns, event } => {
                 let (hashes, blocks) = (&*hashes, &*blocks);
-                let load = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
-                self.load(&load, lease, first, actions);
+                let load = Submitted { session, job, hashes, blocks, deadline_ns, event };
+                self.load(&load, lease, &runs, actions);
             }
             Event::Cancel { session, job } => {
                 if let Some(running) = self.jobs.get_mut(&(session, job)) {

@@ -13,7 +13,8 @@ mod store;
 
 pub use crate::core::{Core, Counters, Limits, SessionView};
 pub use event::{
-    Action, BlockOutcome, CopyItem, Direction, Event, Outcome, Registration, Role, TIER_HOST, TIER_SSD,
+    Action, BlockOutcome, CopyItem, Direction, Event, Group, LeaseRun, LoadRun, Outcome, Registration, Role,
+    SaveRun, TIER_HOST, TIER_SSD,
 };
 pub use ids::{JobId, LeaseId, NamespaceId, SessionId};
 pub use key::{BlockKey, Tenant, TenantKey};
