@@ -24,7 +24,7 @@ use crate::{
 };
 
 use segment::{Segment, Shelf};
-pub use segment::{SegmentView, State};
+pub use segment::{SegmentView, ShelfView, State};
 
 /// Bounds of a store.
 #[derive(Debug, Clone, Copy)]
@@ -556,6 +556,11 @@ impl Store {
     /// What segments there are: for whoever decides what to evict.
     pub fn segments(&self, shelf: usize) -> impl Iterator<Item = SegmentView> + '_ {
         self.shelves[shelf].views()
+    }
+
+    /// The directories, in their order: for people.
+    pub fn shelves(&self) -> Vec<ShelfView> {
+        self.shelves.iter().map(Shelf::view).collect()
     }
 
     /// Live records of a segment.
