@@ -9,6 +9,7 @@ use std::{
 use pillion_shm::presence::IndexKey;
 
 use crate::{
+    ids::NamespaceId,
     key::BlockKey,
     pool::{Extent, Pool},
 };
@@ -31,13 +32,15 @@ pub(crate) enum State {
 pub(crate) struct Record {
     pub(crate) key: BlockKey,
     pub(crate) index: IndexKey,
+    pub(crate) space: NamespaceId,
+    pub(crate) hash: [u8; 32],
     pub(crate) tenant: Arc<str>,
     pub(crate) format: Arc<str>,
     pub(crate) bytes: u64,
     pub(crate) checksum: u64,
     pub(crate) state: State,
     extent: Extent,
-    parent: Option<BlockKey>,
+    pub(crate) parent: Option<BlockKey>,
     pins: u32,
     touch: u64,
     /// Its entry in `evictable`, if it has one.
@@ -67,13 +70,16 @@ impl Hasher for KeyHasher {
     fn write_usize(&mut self, _: usize) {}
 }
 
-type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
+pub(crate) type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
 
 /// What a new record needs.
 #[derive(Debug, Clone)]
 pub(crate) struct NewRecord {
     pub(crate) key: BlockKey,
     pub(crate) index: IndexKey,
+    pub(crate) space: NamespaceId,
+    /// The engine's.
+    pub(crate) hash: [u8; 32],
     pub(crate) tenant: Arc<str>,
     pub(crate) format: Arc<str>,
     pub(crate) bytes: u64,
@@ -96,9 +102,10 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    pub(crate) fn new(pool_bytes: u64) -> Self {
+    /// `sectors`: records that an SSD takes, too, lie on its sectors.
+    pub(crate) fn new(pool_bytes: u64, sectors: bool) -> Self {
         Self {
-            pool: Pool::new(pool_bytes),
+            pool: Pool::new(pool_bytes, sectors),
             arena: Vec::new(),
             vacant: Vec::new(),
             by_key: KeyMap::default(),
@@ -152,6 +159,8 @@ impl Store {
         let record = Record {
             key: new.key,
             index: new.index,
+            space: new.space,
+            hash: new.hash,
             tenant: new.tenant,
             format: new.format,
             bytes: new.bytes,
@@ -215,13 +224,13 @@ impl Store {
     }
 
     /// Takes a record out of the index at once; its bytes go with the last pin.
-    pub(crate) fn retire(&mut self, id: RecordId) -> Option<(Arc<str>, IndexKey)> {
+    pub(crate) fn retire(&mut self, id: RecordId) -> Option<(BlockKey, Arc<str>, IndexKey)> {
         let record = self.arena.get_mut(id.0 as usize)?.as_mut()?;
         if record.state != State::Published {
             return None;
         }
         record.state = State::Retired;
-        let (key, gone) = (record.key, (Arc::clone(&record.tenant), record.index));
+        let (key, gone) = (record.key, (record.key, Arc::clone(&record.tenant), record.index));
         self.by_key.remove(&key);
         self.requeue(id);
         self.drop_if_unused(id);
@@ -232,6 +241,14 @@ impl Store {
         self.clock += 1;
         if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
             record.touch = self.clock;
+        }
+        self.requeue(id);
+    }
+
+    /// The first to go, until it is touched.
+    pub(crate) fn age(&mut self, id: RecordId) {
+        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            record.touch = 0;
         }
         self.requeue(id);
     }

@@ -8,7 +8,7 @@ use pillion_shm::presence::IndexKey;
 
 use super::*;
 use crate::{
-    event::{BlockOutcome, CopyItem, Direction, Group, LeaseRun, LoadRun, Outcome, SaveRun},
+    event::{BlockOutcome, CopyItem, Direction, Group, LeaseRun, LoadRun, Outcome, SaveRun, TIER_HOST},
     ids::{JobId, LeaseId},
     key::TenantKey,
 };
@@ -70,6 +70,7 @@ impl Rig {
             lease_ns: 30 * SECOND,
             lease_seed: [1; 32],
             generation: [2; 16],
+            ssd: None,
         });
         Self {
             core,
@@ -109,7 +110,10 @@ impl Rig {
                     self.runs = blocks;
                     self.leased.insert(request, (lease, self.runs.iter().sum()));
                 }
-                Action::TableSet { tenant, key } => assert!(self.present.insert((tenant, key)), "set twice"),
+                Action::TableSet { tenant, key, tiers } => {
+                    assert_eq!(tiers, TIER_HOST);
+                    assert!(self.present.insert((tenant, key)), "set twice");
+                }
                 Action::TableRemove { tenant, key } => {
                     assert!(self.present.remove(&(tenant, key)), "not there")
                 }
@@ -117,6 +121,7 @@ impl Rig {
                 Action::Unregistered { request, .. } => self.unregistered.push(request),
                 Action::ProtocolError { text, .. } => self.errors.push(text),
                 Action::Drained => self.drained = true,
+                Action::SsdPut { .. } | Action::SsdGet { .. } => panic!("there is no SSD"),
                 Action::NamespaceOpened { .. } | Action::CancelCopy { .. } => {}
             }
         }
