@@ -11,11 +11,13 @@ use crate::{
     jobs::{Job, JobKey},
     key::{Namespace, Tenant},
     lease::Leases,
+    neighbours::Neighbours,
     ssd::{Ssd, SsdLimits},
     store::Store,
 };
 
 mod grant;
+mod neighbours;
 mod ssd;
 mod wait;
 mod work;
@@ -45,8 +47,8 @@ pub struct Limits {
     pub lease_ns: u64,
     /// Seeds lease ids; random at each boot.
     pub lease_seed: [u8; 32],
-    /// This boot.
-    pub generation: [u8; 16],
+    /// How long a lease waits for neighbours' answers before it is granted without them.
+    pub borrow_wait_ns: u64,
     /// Of the SSD; `None`: there is none.
     pub ssd: Option<SsdLimits>,
 }
@@ -100,6 +102,11 @@ pub struct Counters {
     pub ssd_dropped: u64,
     pub ssd_foreign: u64,
     pub ssd_not_indexed: u64,
+    pub borrows: u64,
+    pub neighbour_blocks_here: u64,
+    pub neighbour_blocks_asked: u64,
+    pub neighbour_blocks_borrowed: u64,
+    pub neighbour_blocks_lent: u64,
 }
 
 #[derive(Debug)]
@@ -144,7 +151,8 @@ pub struct Core {
     store: Store,
     leases: Leases,
     ssd: Option<Ssd>,
-    /// Lease requests that wait for the SSD, oldest first.
+    neighbours: Neighbours,
+    /// Lease requests that wait for the SSD or neighbours, oldest first.
     waits: BTreeMap<u64, Wait>,
     wait_count: u64,
     /// What they still lack.
@@ -166,6 +174,7 @@ impl Core {
         Self {
             store: Store::new(limits.pool_bytes, limits.ssd.is_some()),
             ssd: limits.ssd.clone().map(Ssd::new),
+            neighbours: Neighbours::default(),
             limits,
             leases: Leases::default(),
             waits: BTreeMap::new(),
@@ -198,8 +207,8 @@ impl Core {
                     unregister: None,
                     leaving: 0,
                 };
-                // Who only observes has no table.
-                if role != Role::Observer {
+                // Who only observes, or speaks for many, has no table.
+                if !matches!(role, Role::Observer | Role::Neighbour) {
                     self.tenants.insert(Arc::clone(&new.tenant.name), new.tenant.clone());
                 }
                 self.sessions.insert(session, new);
@@ -255,11 +264,20 @@ impl Core {
             Event::SsdPutEnded { token, ending } => self.put_ended(token, ending, actions),
             Event::SsdGetEnded { token, ending } => self.get_ended(token, ending, now_ns, actions),
             Event::SsdDropped { key } => self.ssd_dropped(&key, actions),
+            Event::NeighbourCame { neighbour } => self.neighbours.came(neighbour),
+            Event::NeighbourWent { neighbour } => self.neighbour_went(neighbour, actions),
+            Event::NeighbourAnswered { keys, lent } => self.neighbour_answered(&keys, lent, now_ns, actions),
+            Event::Borrow { session, request, keys } => self.lend(session, request, &keys, now_ns, actions),
+            Event::Damaged { session, key } => self.damaged(session, &key, actions),
         }
         if self.ssd.is_some() {
             self.pump_ssd(actions);
-            self.grant_settled(now_ns, actions);
+        } else {
+            self.pump_waits(actions);
         }
+        self.grant_settled(now_ns, actions);
+        self.ask_what_is_lacking(actions);
+        self.give_back(actions);
         let is_idle = self.jobs.is_empty() && self.ssd.as_ref().is_none_or(Ssd::is_idle);
         if self.draining && is_idle && !self.drained {
             self.drained = true;
@@ -280,6 +298,8 @@ impl Core {
             ssd_records: ssd_records as u64,
             ssd_records_hidden: ssd_hidden as u64,
             ssd_writes_waiting: waiting as u64,
+            borrows: self.neighbours.borrowed() as u64,
+            neighbour_blocks_here: self.store.foreign() as u64,
             ..self.counters.clone()
         }
     }
@@ -301,7 +321,7 @@ impl Core {
         let mut engines: Vec<&str> = self
             .sessions
             .values()
-            .filter(|session| session.role != Role::Observer && !session.detached)
+            .filter(|session| !matches!(session.role, Role::Observer | Role::Neighbour) && !session.detached)
             .map(|session| &*session.engine)
             .collect();
         engines.sort_unstable();
@@ -382,6 +402,7 @@ impl Core {
     fn tick(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
         self.reveal(actions);
         self.grant_overdue(now_ns, actions);
+        self.renew_borrows(now_ns, actions);
         self.counters.leases_expired += self.leases.expire(now_ns, &mut self.store);
         let late: Vec<JobKey> = self
             .jobs
@@ -407,6 +428,7 @@ impl Core {
     pub(crate) fn check_invariants(&self) {
         self.store.check();
         self.check_waits();
+        self.neighbours.check(&self.store.borrowed());
         if let Some(ssd) = &self.ssd {
             ssd.check();
         }

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use pillion_shm::presence::IndexKey;
 
 use crate::{
-    ids::{JobId, LeaseId, NamespaceId, SessionId},
+    ids::{JobId, LeaseId, NamespaceId, NeighbourId, SessionId},
     key::{Namespace, Tenant},
+    neighbours::{Lent, Question},
     ssd::{GetEnding, PutEnding, SsdRecord},
 };
 
@@ -24,6 +25,8 @@ pub enum Role {
     Worker,
     /// `pillion status` and the like.
     Observer,
+    /// Another sidecar of this node, which borrows.
+    Neighbour,
 }
 
 /// What the daemon found out about a worker's memory.
@@ -95,6 +98,8 @@ pub struct CopyItem {
     pub group: u16,
     /// The engine's block id.
     pub block: u64,
+    /// Whose pool: 0 for our own, else the number of the neighbour. Only loads have another's.
+    pub pool: u32,
     /// Offset in the pool.
     pub offset: u64,
     /// Checksum that a load must find; unused for saves.
@@ -287,6 +292,39 @@ pub enum Event {
         /// Its key's bytes.
         key: [u8; 32],
     },
+    /// Another sidecar of this node lends to us from now on.
+    NeighbourCame {
+        /// Which.
+        neighbour: NeighbourId,
+    },
+    /// It does not any more; what it lent may change.
+    NeighbourWent {
+        /// Which.
+        neighbour: NeighbourId,
+    },
+    /// An answer to some of the questions of [`Action::AskNeighbours`]. Each is answered once.
+    NeighbourAnswered {
+        /// The keys that are answered.
+        keys: Vec<[u8; 32]>,
+        /// Who lends, under which lease of its own, and what, key by key. `None`: nobody does.
+        lent: Option<(NeighbourId, LeaseId, Vec<Option<Lent>>)>,
+    },
+    /// Another sidecar wants to borrow.
+    Borrow {
+        /// Who.
+        session: SessionId,
+        /// Echoed in the answer.
+        request: u64,
+        /// Block keys' bytes.
+        keys: Vec<[u8; 32]>,
+    },
+    /// Another sidecar found a borrowed record to be damaged.
+    Damaged {
+        /// Who.
+        session: SessionId,
+        /// Its key's bytes.
+        key: [u8; 32],
+    },
     /// Time passes.
     Tick,
     /// Stop taking work.
@@ -404,6 +442,44 @@ pub enum Action {
         offset: u64,
         /// Its length.
         bytes: u64,
+    },
+    /// Look these up in the neighbours' tables, ask those that have them, and answer each one with
+    /// [`Event::NeighbourAnswered`].
+    AskNeighbours {
+        /// What is wanted.
+        questions: Vec<Question>,
+    },
+    /// Keep a lease at a neighbour for another term.
+    RenewAt {
+        /// Whose.
+        neighbour: NeighbourId,
+        /// Which.
+        lease: LeaseId,
+    },
+    /// End a lease at a neighbour.
+    Return {
+        /// Whose.
+        neighbour: NeighbourId,
+        /// Which.
+        lease: LeaseId,
+    },
+    /// Tell a neighbour that a record's bytes are not those that were stored.
+    SayDamaged {
+        /// Whose.
+        neighbour: NeighbourId,
+        /// Its key's bytes.
+        key: [u8; 32],
+    },
+    /// Answer to [`Event::Borrow`]; where nothing is lent it comes without a lease.
+    Lent {
+        /// To whom.
+        session: SessionId,
+        /// Its request.
+        request: u64,
+        /// The lease.
+        lease: LeaseId,
+        /// Key by key.
+        records: Vec<Option<Lent>>,
     },
     /// No copy of this session runs any more and none will: its memory may be unmapped.
     SessionEnded {

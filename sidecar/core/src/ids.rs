@@ -28,6 +28,10 @@ id16!(JobId, "A save or load job; minted by the engine's shim.");
 id16!(LeaseId, "A lease; minted here, unguessable.");
 id16!(NamespaceId, "Everything but the tokens that must agree before bytes may be reused.");
 
+/// Another sidecar of this node that lends to this one; numbered by the daemon, from 1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NeighbourId(pub u32);
+
 /// One attachment to this sidecar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SessionId(pub u64);

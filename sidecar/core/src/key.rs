@@ -21,10 +21,11 @@ impl TenantKey {
         Self(bytes)
     }
 
-    /// A per-boot seed for the presence table's index keys. It says nothing about the key.
-    pub fn index_seed(&self, generation: &[u8; 16]) -> u64 {
+    /// The seed of the presence tables' index keys, the same in all sidecars of this cluster secret, so that one
+    /// key finds a block in any of their tables. It says nothing about the key.
+    pub fn index_seed(&self) -> u64 {
         let mut hasher = blake3::Hasher::new_keyed(&self.0);
-        hasher.update(b"index seed").update(generation);
+        hasher.update(b"index seed");
         u64::from_le_bytes(first(hasher.finalize().as_bytes()))
     }
 }

@@ -7,6 +7,7 @@ mod ids;
 mod jobs;
 pub mod key;
 mod lease;
+mod neighbours;
 mod pool;
 mod ssd;
 mod store;
@@ -16,7 +17,8 @@ pub use event::{
     Action, BlockOutcome, CopyItem, Direction, Event, Group, LeaseRun, LoadRun, Outcome, Registration, Role,
     SaveRun, TIER_HOST, TIER_SSD,
 };
-pub use ids::{JobId, LeaseId, NamespaceId, SessionId};
+pub use ids::{JobId, LeaseId, NamespaceId, NeighbourId, SessionId};
 pub use key::{BlockKey, Tenant, TenantKey};
+pub use neighbours::{Lent, Question};
 pub use pool::{CHUNK_BYTES, Extent};
 pub use ssd::{CacheMode, GetEnding, PutEnding, SsdLimits, SsdRecord};

@@ -196,6 +196,10 @@ impl Ssd {
         self.index.get(key)
     }
 
+    pub(crate) fn find_bytes(&self, key: &[u8; 32]) -> Option<(&BlockKey, &OnSsd)> {
+        self.index.get_key_value(key)
+    }
+
     pub(crate) fn contains(&self, key: &BlockKey) -> bool {
         self.index.contains_key(key)
     }

@@ -9,8 +9,9 @@ use std::{
 use pillion_shm::presence::IndexKey;
 
 use crate::{
-    ids::NamespaceId,
+    ids::{NamespaceId, NeighbourId},
     key::BlockKey,
+    neighbours::Lent,
     pool::{Extent, Pool},
 };
 
@@ -28,6 +29,23 @@ pub(crate) enum State {
     Retired,
 }
 
+/// Where a record's bytes lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In this pool.
+    Own(Extent),
+    /// In a neighbour's.
+    Foreign(Foreign, u64),
+}
+
+/// Whose a borrowed record is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Foreign {
+    /// What it came with.
+    pub(crate) borrow: u64,
+    pub(crate) neighbour: NeighbourId,
+}
+
 #[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) key: BlockKey,
@@ -39,7 +57,7 @@ pub(crate) struct Record {
     pub(crate) bytes: u64,
     pub(crate) checksum: u64,
     pub(crate) state: State,
-    extent: Extent,
+    place: Place,
     pub(crate) parent: Option<BlockKey>,
     pins: u32,
     touch: u64,
@@ -51,6 +69,19 @@ impl Record {
     /// Whether a lease keeps it where it is.
     pub(crate) fn is_pinned(&self) -> bool {
         self.pins > 0
+    }
+
+    /// Whether it is a neighbour's.
+    pub(crate) fn is_foreign(&self) -> bool {
+        matches!(self.place, Place::Foreign(..))
+    }
+
+    /// Its owner, where that is a neighbour.
+    pub(crate) fn neighbour(&self) -> Option<NeighbourId> {
+        match self.place {
+            Place::Own(_) => None,
+            Place::Foreign(foreign, _) => Some(foreign.neighbour),
+        }
     }
 }
 
@@ -97,7 +128,12 @@ pub(crate) struct Store {
     /// Published, unpinned leaves by age: what may go, oldest first.
     evictable: BTreeSet<(u64, RecordId)>,
     clock: u64,
+    /// Records of neighbours among those in the arena.
+    foreign: usize,
+    /// Borrows that have lost a record since this was last asked, once for each.
+    returned: Vec<u64>,
     pub(crate) used_bytes: u64,
+    /// Of this pool: what is borrowed is pinned at its owner's.
     pub(crate) pinned_bytes: u64,
 }
 
@@ -112,6 +148,8 @@ impl Store {
             children: KeyMap::default(),
             evictable: BTreeSet::new(),
             clock: 0,
+            foreign: 0,
+            returned: Vec::new(),
             used_bytes: 0,
             pinned_bytes: 0,
         }
@@ -121,8 +159,14 @@ impl Store {
         self.pool.fits(bytes)
     }
 
+    /// Records of this pool.
     pub(crate) fn len(&self) -> usize {
-        self.arena.len() - self.vacant.len()
+        self.arena.len() - self.vacant.len() - self.foreign
+    }
+
+    /// Records of others that are borrowed.
+    pub(crate) fn foreign(&self) -> usize {
+        self.foreign
     }
 
     pub(crate) fn find(&self, key: &BlockKey) -> Option<RecordId> {
@@ -133,8 +177,57 @@ impl Store {
         self.arena.get(id.0 as usize)?.as_ref()
     }
 
+    pub(crate) fn find_bytes(&self, key: &[u8; 32]) -> Option<RecordId> {
+        self.by_key.get(key).copied()
+    }
+
+    /// Where it lies in its pool.
     pub(crate) fn offset(&self, id: RecordId) -> Option<u64> {
-        Some(self.pool.offset(self.get(id)?.extent))
+        Some(match self.get(id)?.place {
+            Place::Own(extent) => self.pool.offset(extent),
+            Place::Foreign(_, offset) => offset,
+        })
+    }
+
+    /// An entry for a neighbour's record: it can be pinned and found, and goes with its last pin.
+    pub(crate) fn insert_foreign(&mut self, key: BlockKey, lent: Lent, foreign: Foreign) -> RecordId {
+        debug_assert!(self.find(&key).is_none());
+        self.foreign += 1;
+        let record = Record {
+            key,
+            // Nothing is said of it in our tables.
+            index: IndexKey::new(0, &[0; 16], &[0; 32]),
+            space: NamespaceId([0; 16]),
+            hash: [0; 32],
+            tenant: Arc::from(""),
+            format: lent.format,
+            bytes: lent.bytes,
+            checksum: lent.checksum,
+            state: State::Published,
+            place: Place::Foreign(foreign, lent.offset),
+            parent: None,
+            pins: 0,
+            touch: 0,
+            queued: None,
+        };
+        self.add(record)
+    }
+
+    /// Takes a neighbour's records out of the index.
+    pub(crate) fn retire_foreign(&mut self, neighbour: NeighbourId) {
+        let of_it = |record: &Record| record.neighbour() == Some(neighbour);
+        let ids: Vec<RecordId> = (0..self.arena.len() as u32)
+            .map(RecordId)
+            .filter(|id| self.foreign > 0 && self.get(*id).is_some_and(of_it))
+            .collect();
+        for id in ids {
+            self.retire(id);
+        }
+    }
+
+    /// Borrows whose records have left the store, one entry for each record.
+    pub(crate) fn take_returned(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.returned)
     }
 
     /// Makes room for a record and inserts it as being written. `evicted` gets what had to go.
@@ -166,13 +259,18 @@ impl Store {
             bytes: new.bytes,
             checksum: 0,
             state: State::Writing,
-            extent,
+            place: Place::Own(extent),
             parent: new.parent,
             pins: 0,
             touch: self.clock,
             queued: None,
         };
         self.used_bytes += record.bytes;
+        Some(self.add(record))
+    }
+
+    fn add(&mut self, record: Record) -> RecordId {
+        let key = record.key;
         let id = match self.vacant.pop() {
             Some(index) => {
                 self.arena[index as usize] = Some(record);
@@ -183,8 +281,8 @@ impl Store {
                 RecordId(self.arena.len() as u32 - 1)
             }
         };
-        self.by_key.insert(new.key, id);
-        Some(id)
+        self.by_key.insert(key, id);
+        id
     }
 
     fn evict_oldest(&mut self) -> Option<Record> {
@@ -202,8 +300,16 @@ impl Store {
             self.by_key.remove(&record.key);
         }
         self.vacant.push(id.0);
-        self.pool.free(record.extent);
-        self.used_bytes -= record.bytes;
+        match record.place {
+            Place::Own(extent) => {
+                self.pool.free(extent);
+                self.used_bytes -= record.bytes;
+            }
+            Place::Foreign(foreign, _) => {
+                self.foreign -= 1;
+                self.returned.push(foreign.borrow);
+            }
+        }
         self.remove_child(record.parent.as_ref());
         Some(record)
     }
@@ -256,7 +362,7 @@ impl Store {
     pub(crate) fn pin(&mut self, id: RecordId) {
         if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
             record.pins += 1;
-            if record.pins == 1 {
+            if record.pins == 1 && !record.is_foreign() {
                 self.pinned_bytes += record.bytes;
             }
         }
@@ -267,7 +373,7 @@ impl Store {
         if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
             debug_assert!(record.pins > 0, "unpin without pin");
             record.pins -= 1;
-            if record.pins == 0 {
+            if record.pins == 0 && !record.is_foreign() {
                 self.pinned_bytes -= record.bytes;
             }
         }
@@ -275,8 +381,10 @@ impl Store {
         self.drop_if_unused(id);
     }
 
-    fn drop_if_unused(&mut self, id: RecordId) {
-        if self.get(id).is_some_and(|record| record.state == State::Retired && record.pins == 0) {
+    /// Removes what nobody can find, or is a neighbour's, with its last pin.
+    pub(crate) fn drop_if_unused(&mut self, id: RecordId) {
+        let gone = |record: &Record| record.state == State::Retired || record.is_foreign();
+        if self.get(id).is_some_and(|record| gone(record) && record.pins == 0) {
             self.remove(id);
         }
     }
@@ -305,8 +413,10 @@ impl Store {
     /// Brings a record's place among the evictable ones up to date.
     fn requeue(&mut self, id: RecordId) {
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
-        let may_go =
-            record.state == State::Published && record.pins == 0 && !self.children.contains_key(&record.key);
+        let may_go = record.state == State::Published
+            && record.pins == 0
+            && !record.is_foreign()
+            && !self.children.contains_key(&record.key);
         let place = may_go.then_some(record.touch);
         if place == record.queued {
             return;
@@ -320,6 +430,18 @@ impl Store {
         record.queued = place;
     }
 
+    /// Borrowed records by their borrow; for tests.
+    #[cfg(test)]
+    pub(crate) fn borrowed(&self) -> HashMap<u64, usize> {
+        let mut found = HashMap::new();
+        for record in self.arena.iter().flatten() {
+            if let Place::Foreign(foreign, _) = record.place {
+                *found.entry(foreign.borrow).or_default() += 1;
+            }
+        }
+        found
+    }
+
     /// Checks what must always hold; for tests.
     #[cfg(test)]
     pub(crate) fn check(&self) {
@@ -329,6 +451,11 @@ impl Store {
         for (index, record) in self.arena.iter().enumerate() {
             let Some(record) = record else { continue };
             let id = RecordId(index as u32);
+            if record.is_foreign() {
+                assert!(record.pins > 0, "borrowed for nobody: {record:?}");
+                assert!(record.queued.is_none());
+                continue;
+            }
             used += record.bytes;
             pinned += if record.pins > 0 { record.bytes } else { 0 };
             if let Some(parent) = record.parent {

@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use pillion_shm::presence::IndexKey;
+
 use super::{
     Core, MAX_BLOCKS, MAX_RUNS,
     wait::{Run, Slot, Wait},
 };
 use crate::{
-    event::{Action, LeaseRun},
+    event::{Action, LeaseRun, Role},
     ids::{LeaseId, SessionId},
     key::{BlockKey, TenantKey},
     lease::{Granted, Lease},
@@ -45,7 +47,7 @@ impl Core {
         let opened = |run: &LeaseRun| {
             self.spaces.get(&run.space).is_some_and(|space| space.tenant == session.tenant.name)
         };
-        if !runs.iter().all(opened) {
+        if !runs.iter().all(opened) || session.role == Role::Neighbour {
             actions.push(nothing(runs.len()));
             let text = "expected a lease over namespaces that this session's tenant opened".to_owned();
             return self.protocol_error(id, text, actions);
@@ -56,14 +58,25 @@ impl Core {
             return actions.push(nothing(runs.len()));
         }
         let runs = self.plan(&session.tenant.key, runs, hashes);
-        for slot in runs.iter().flat_map(|run| &run.slots) {
+        let wait = Wait::new(id, request, runs, now_ns + self.patience_ns());
+        self.begin_wait(wait, now_ns, actions);
+    }
+
+    /// How long a lease waits for what is not here before it is granted without the rest.
+    pub(super) fn patience_ns(&self) -> u64 {
+        let ssd_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.limits.wait_ns);
+        ssd_ns.max(if self.neighbours.is_alone() { 0 } else { self.limits.borrow_wait_ns })
+    }
+
+    /// Pins what is here, asks for the rest, and answers at once where there is none.
+    pub(super) fn begin_wait(&mut self, wait: Wait, now_ns: u64, actions: &mut Vec<Action>) {
+        for slot in wait.runs.iter().flat_map(|run| &run.slots) {
             match slot {
                 Slot::Here(record) => self.store.pin(*record),
                 Slot::There(_, bytes) => self.wait_bytes += bytes,
+                Slot::Abroad(..) => {}
             }
         }
-        let patience_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.limits.wait_ns);
-        let wait = Wait::new(id, request, runs, now_ns + patience_ns);
         if wait.left == 0 {
             return self.grant(wait, now_ns, actions);
         }
@@ -77,6 +90,7 @@ impl Core {
     /// Where the blocks of each run are, up to the first that is nowhere or that more than may be pinned begins with.
     fn plan(&self, tenant: &TenantKey, runs: &[LeaseRun], hashes: &[[u8; 32]]) -> Vec<Run> {
         let mut planned = self.store.pinned_bytes + self.wait_bytes;
+        let seed = tenant.index_seed();
         let mut rest = hashes;
         let plan = |run: &LeaseRun| {
             let (these, others) = rest.split_at(run.count as usize);
@@ -84,7 +98,10 @@ impl Core {
             let mut slots = Vec::new();
             for hash in these {
                 let key = BlockKey::new(tenant, run.space, 0, hash);
-                let Some((slot, more)) = self.look(&key) else { break };
+                let found = self.look(&key);
+                let abroad = || Some((Slot::Abroad(key, IndexKey::new(seed, &run.space.0, hash)), 0));
+                let found = found.or_else(|| if self.neighbours.is_alone() { None } else { abroad() });
+                let Some((slot, more)) = found else { break };
                 planned += more;
                 if planned > self.limits.pinned_bytes_max {
                     break;
@@ -100,9 +117,10 @@ impl Core {
     fn look(&self, key: &BlockKey) -> Option<(Slot, u64)> {
         let here = self.store.find(key).and_then(|id| Some((id, self.store.get(id)?)));
         match here {
-            Some((id, record)) if record.state == State::Published => {
-                Some((Slot::Here(id), if record.is_pinned() { 0 } else { record.bytes }))
-            }
+            Some((id, record)) if record.state == State::Published => Some((
+                Slot::Here(id),
+                if record.is_pinned() || record.is_foreign() { 0 } else { record.bytes },
+            )),
             _ => {
                 let found = self.ssd.as_ref()?.find(key)?;
                 Some((Slot::There(*key, found.bytes), found.bytes))
@@ -132,7 +150,7 @@ impl Core {
         }
         self.counters.lease_blocks_hit += records.len() as u64;
         self.counters.leases_granted += 1;
-        let blocks = granted.iter().map(|run| run.count).collect();
+        let blocks: Vec<u32> = granted.iter().map(|run| run.count).collect();
         let lease = Lease {
             session: id,
             engine: Arc::clone(&session.engine),
@@ -149,7 +167,13 @@ impl Core {
         let lease_id = LeaseId(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes"));
         // The wait's pins become the lease's.
         self.leases.grant(lease_id, lease);
-        actions.push(Action::Leased { session: id, request, lease: lease_id, blocks });
+        actions.push(if wait.lends {
+            self.counters.neighbour_blocks_lent +=
+                blocks.iter().map(|blocks| u64::from(*blocks)).sum::<u64>();
+            self.lent(&wait, lease_id)
+        } else {
+            Action::Leased { session: id, request, lease: lease_id, blocks }
+        });
     }
 }
 

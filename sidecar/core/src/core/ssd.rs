@@ -37,7 +37,7 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let host = self.store.find(key).and_then(|id| self.store.get(id));
-        let host = host.is_some_and(|record| record.state == State::Published);
+        let host = host.is_some_and(|record| record.state == State::Published && !record.is_foreign());
         let ssd = self.ssd.as_ref().is_some_and(|ssd| ssd.contains(key));
         let tiers = (if host { TIER_HOST } else { 0 }) | (if ssd { TIER_SSD } else { 0 });
         let tenant = Arc::clone(tenant);
@@ -180,6 +180,20 @@ impl Core {
         self.finish(key.0, key.1, &running, outcome, blocks, actions);
     }
 
+    /// A record that may be at a neighbour, unless it has come to be here meanwhile.
+    pub(super) fn borrow(
+        &mut self,
+        key: &BlockKey,
+        index: IndexKey,
+        waiter: (u64, usize, usize),
+    ) -> Fetching {
+        match self.store.find(key).and_then(|id| Some((id, self.store.get(id)?.state))) {
+            Some((id, State::Published)) => Fetching::Here(id),
+            Some(_) => Fetching::No,
+            None => self.ask_neighbours(key, index, waiter),
+        }
+    }
+
     /// Makes room in the pool and asks for a record, once for all who want it.
     pub(super) fn fetch(
         &mut self,
@@ -291,7 +305,7 @@ impl Core {
             }
             let mut shown = Vec::new();
             for record in ssd.reveal(tenant) {
-                match proved(&record, tenant, &self.limits.generation) {
+                match proved(&record, tenant) {
                     // What was saved meanwhile is what was found.
                     Some((key, on_ssd)) => {
                         shown.push((key, on_ssd.index));
@@ -309,12 +323,12 @@ impl Core {
 }
 
 /// A recovered record whose key is what this tenant's key makes of its namespace and hash (I1, I9).
-fn proved(record: &SsdRecord, tenant: &Tenant, generation: &[u8; 16]) -> Option<(BlockKey, OnSsd)> {
+fn proved(record: &SsdRecord, tenant: &Tenant) -> Option<(BlockKey, OnSsd)> {
     let key = BlockKey::new(&tenant.key, record.space, 0, &record.hash);
     let on_ssd = OnSsd {
         space: record.space,
         hash: record.hash,
-        index: IndexKey::new(tenant.key.index_seed(generation), &record.space.0, &record.hash),
+        index: IndexKey::new(tenant.key.index_seed(), &record.space.0, &record.hash),
         tenant: Arc::clone(&tenant.name),
         format: Arc::clone(&record.format),
         bytes: record.bytes,

@@ -14,6 +14,7 @@ use crate::{
 };
 
 mod groups;
+mod neighbours;
 
 const RECORD: u64 = 512 << 10;
 const SECOND: u64 = 1_000_000_000;
@@ -57,6 +58,8 @@ struct Rig {
     unregistered: Vec<u64>,
     errors: Vec<String>,
     drained: bool,
+    /// What is meant for neighbours.
+    abroad: Vec<Action>,
 }
 
 impl Rig {
@@ -69,7 +72,7 @@ impl Rig {
             session_jobs_max: 8,
             lease_ns: 30 * SECOND,
             lease_seed: [1; 32],
-            generation: [2; 16],
+            borrow_wait_ns: SECOND / 5,
             ssd: None,
         });
         Self {
@@ -87,6 +90,7 @@ impl Rig {
             unregistered: Vec::new(),
             errors: Vec::new(),
             drained: false,
+            abroad: Vec::new(),
         }
     }
 
@@ -123,6 +127,11 @@ impl Rig {
                 Action::Drained => self.drained = true,
                 Action::SsdPut { .. } | Action::SsdGet { .. } => panic!("there is no SSD"),
                 Action::NamespaceOpened { .. } | Action::CancelCopy { .. } => {}
+                abroad @ (Action::AskNeighbours { .. }
+                | Action::RenewAt { .. }
+                | Action::Return { .. }
+                | Action::SayDamaged { .. }
+                | Action::Lent { .. }) => self.abroad.push(abroad),
             }
         }
         self.core.check_invariants();

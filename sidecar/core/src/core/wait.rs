@@ -1,6 +1,8 @@
-//! Lease requests that wait for the SSD: what they lack, what comes, and when they are answered anyway.
+//! Lease requests that wait for the SSD or a neighbour: what they lack, what comes, and when they are answered anyway.
 
-use super::{Core, ssd::Fetching};
+use pillion_shm::presence::IndexKey;
+
+use super::{Core, neighbours::nothing_lent, ssd::Fetching};
 use crate::{
     event::Action,
     ids::{LeaseId, NamespaceId, SessionId},
@@ -19,9 +21,11 @@ pub(super) struct Wait {
     /// The first slot that has not been asked for: run, slot.
     pub(super) next: (usize, usize),
     pub(super) deadline_ns: u64,
+    /// Of a neighbour: each of its keys is a run of its own.
+    pub(super) lends: bool,
 }
 
-/// A run of blocks, up to the first that is neither in the pool nor on the SSD.
+/// A run of blocks, up to the first that is nowhere.
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) space: NamespaceId,
@@ -34,6 +38,8 @@ pub(super) enum Slot {
     Here(RecordId),
     /// On the SSD, of so many bytes.
     There(BlockKey, u64),
+    /// Perhaps at a neighbour, whose table has it under this key.
+    Abroad(BlockKey, IndexKey),
 }
 
 impl Wait {
@@ -41,12 +47,15 @@ impl Wait {
     pub(super) fn new(session: SessionId, request: u64, runs: Vec<Run>, deadline_ns: u64) -> Self {
         let slots = runs.iter().flat_map(|run| &run.slots);
         let left = slots.filter(|slot| slot.here().is_none()).count();
-        Self { session, request, runs, left, next: (0, 0), deadline_ns }
+        Self { session, request, runs, left, next: (0, 0), deadline_ns, lends: false }
     }
 
     /// The answer that nothing was granted.
     pub(super) fn refusal(&self) -> Action {
         let Self { session, request, .. } = *self;
+        if self.lends {
+            return nothing_lent(session, request, self.runs.len());
+        }
         Action::Leased { session, request, lease: LeaseId([0; 16]), blocks: vec![0; self.runs.len()] }
     }
 
@@ -60,6 +69,7 @@ impl Wait {
                     self.left -= 1;
                     bytes += length;
                 }
+                Slot::Abroad(..) => self.left -= 1,
             }
         }
         (pins, bytes)
@@ -71,8 +81,13 @@ impl Core {
     pub(super) fn pump_waits(&mut self, actions: &mut Vec<Action>) {
         let ids: Vec<u64> = self.waits.keys().copied().collect();
         for id in ids {
-            while let Some((run, slot, key)) = self.next_slot(id) {
-                match self.fetch(&key, (id, run, slot), actions) {
+            while let Some((run, slot, wanted)) = self.next_slot(id) {
+                let (fetching, key) = match wanted {
+                    Slot::Abroad(key, index) => (self.borrow(&key, index, (id, run, slot)), key),
+                    Slot::There(key, _) => (self.fetch(&key, (id, run, slot), actions), key),
+                    Slot::Here(_) => continue,
+                };
+                match fetching {
                     Fetching::Later => return,
                     Fetching::Here(record) => self.arrived((id, run, slot), &key, Some(record)),
                     Fetching::No => self.arrived((id, run, slot), &key, None),
@@ -86,13 +101,13 @@ impl Core {
     }
 
     /// The next place that nothing was asked for.
-    fn next_slot(&mut self, id: u64) -> Option<(usize, usize, BlockKey)> {
+    fn next_slot(&mut self, id: u64) -> Option<(usize, usize, Slot)> {
         let wait = self.waits.get_mut(&id)?;
         loop {
             let (run, slot) = wait.next;
             match wait.runs.get(run)?.slots.get(slot) {
-                Some(Slot::There(key, _)) => return Some((run, slot, *key)),
                 Some(Slot::Here(_)) => wait.next = (run, slot + 1),
+                Some(wanted) => return Some((run, slot, *wanted)),
                 None => wait.next = (run + 1, 0),
             }
         }
@@ -107,7 +122,11 @@ impl Core {
     ) {
         // Its wait may have been answered, or have given up this part of its run.
         let Some(wait) = self.waits.get_mut(&id) else { return };
-        let Some(Slot::There(wanted, bytes)) = wait.runs[run].slots.get(slot).copied() else { return };
+        let (wanted, bytes) = match wait.runs[run].slots.get(slot) {
+            Some(Slot::There(wanted, bytes)) => (*wanted, *bytes),
+            Some(Slot::Abroad(wanted, _)) => (*wanted, 0),
+            Some(Slot::Here(_)) | None => return,
+        };
         debug_assert_eq!(wanted, *key);
         match record {
             Some(record) => {
@@ -216,7 +235,7 @@ impl Slot {
     pub(super) fn here(&self) -> Option<RecordId> {
         match self {
             Self::Here(record) => Some(*record),
-            Self::There(..) => None,
+            Self::There(..) | Self::Abroad(..) => None,
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     ids::{JobId, LeaseId, NamespaceId, SessionId},
     jobs::Job,
     key::BlockKey,
-    store::{NewRecord, RecordId, State},
+    store::{NewRecord, Record, RecordId, State},
 };
 
 impl Core {
@@ -96,10 +96,10 @@ impl Core {
         let mut items = Vec::new();
         let mut evicted = Vec::new();
         {
-            let Self { sessions, store, ssd, counters, limits, .. } = self;
+            let Self { sessions, store, ssd, counters, .. } = self;
             let Some(owner) = sessions.get_mut(&session) else { return };
             let Some(registration) = &owner.registration else { return };
-            let seed = owner.tenant.key.index_seed(&limits.generation);
+            let seed = owner.tenant.key.index_seed();
             let on_ssd = |key: &BlockKey| ssd.as_ref().is_some_and(|ssd| ssd.contains(key));
             let mut rest = save.hashes.iter().zip(save.blocks);
             'runs: for (run, index) in runs.iter().zip(&groups) {
@@ -130,7 +130,13 @@ impl Core {
                         break 'runs;
                     };
                     let offset = store.offset(record).expect("just inserted");
-                    items.push(CopyItem { group: *index, block: u64::from(*block), offset, checksum: 0 });
+                    items.push(CopyItem {
+                        group: *index,
+                        block: u64::from(*block),
+                        pool: 0,
+                        offset,
+                        checksum: 0,
+                    });
                     records.push(record);
                     parent = Some(key);
                 }
@@ -231,7 +237,8 @@ impl Core {
                 }
                 let offset = self.store.offset(*id).ok_or(Refusal::Lease)?;
                 let checksum = record.checksum;
-                items.push(CopyItem { group: *group, block: u64::from(*block), offset, checksum });
+                let pool = record.neighbour().map_or(0, |neighbour| neighbour.0);
+                items.push(CopyItem { group: *group, block: u64::from(*block), pool, offset, checksum });
                 records.push(*id);
             }
         }
@@ -319,6 +326,12 @@ impl Core {
                 BlockOutcome::Copied(_) => loaded += 1,
                 BlockOutcome::Corrupt => {
                     self.counters.checksum_failures += 1;
+                    if let Some(neighbour) = self.store.get(*id).and_then(Record::neighbour) {
+                        // Or its owner gave the place away, as it had not heard from us: that costs it a hit.
+                        let key = self.store.retire(*id).map(|(key, ..)| key.bytes());
+                        actions.extend(key.map(|key| Action::SayDamaged { neighbour, key }));
+                        continue;
+                    }
                     if let Some((key, tenant, index)) = self.store.retire(*id) {
                         // A copy on the SSD is proved when it is read.
                         self.announce(&key, &tenant, index, actions);
