@@ -68,7 +68,7 @@ pub(crate) trait Half: Send + Sync + 'static {
     fn role(&self) -> wire::Role;
     /// Let in: take over the tables, send what comes first. An error text ends the connection.
     fn attached(&self, attached: Attached, outbox: &Outbox) -> Result<(), String>;
-    fn message(&self, message: Message, outbox: &Outbox);
+    fn message(&self, message: Message, fds: VecDeque<OwnedFd>, outbox: &Outbox);
     /// The connection is gone. `ended`: the sidecar closed it in order, so nothing of ours runs there.
     fn lost(&self, ended: bool, process: Option<Process>);
     /// Every heartbeat, and when woken.
@@ -324,7 +324,7 @@ impl Runner {
                         connection.bye = true;
                         return format!("the sidecar ended the session: {}", bye.text);
                     }
-                    Ok(Some((message, _))) => self.half.message(message, &self.outbox),
+                    Ok(Some((message, fds))) => self.half.message(message, fds, &self.outbox),
                 }
             }
             if !open {

@@ -1,7 +1,8 @@
 //! The scheduler's half: lookups in the presence table, leases, epochs.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
+    os::fd::OwnedFd,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -17,6 +18,8 @@ use crate::{
     outbox::Outbox,
 };
 
+/// Tables of neighbours that are looked at (I8).
+const NEIGHBOURS_MAX: usize = 64;
 /// Tickets that one scheduler may have open: beyond it lookups are misses (I8).
 const TICKETS_MAX: usize = 16_384;
 
@@ -68,6 +71,8 @@ struct State {
     spaces: Vec<[u8; 16]>,
     seed: u64,
     table: Option<TableReader>,
+    /// Of other sidecars of the node, by their number: what they have, ours lends.
+    neighbours: Vec<(u64, TableReader)>,
     lease_ms: u32,
     tickets: HashMap<u64, Ticket>,
     counts: Counts,
@@ -114,6 +119,7 @@ impl SchedulerClient {
             spaces: Vec::new(),
             seed: 0,
             table: None,
+            neighbours: Vec::new(),
             lease_ms: 30_000,
             tickets: HashMap::new(),
             counts: Counts::default(),
@@ -166,10 +172,10 @@ impl SchedulerClient {
             return Vec::new();
         };
         let fresh = table.is_fresh();
-        let seed = state.seed;
+        let (seed, neighbours) = (state.seed, state.fresh_neighbours());
         blocks(hashes)
             .enumerate()
-            .filter(|(_, hash)| !fresh || table.get(IndexKey::new(seed, space, hash)) == 0)
+            .filter(|(_, hash)| !fresh || !has(table, &neighbours, IndexKey::new(seed, space, hash)))
             .map(|(index, _)| index as u32)
             .collect()
     }
@@ -279,6 +285,7 @@ impl SchedulerClient {
             ("leases_empty", counts.leases_empty),
             ("leases_lost", counts.leases_lost),
             ("tickets", state.tickets.len() as u64),
+            ("neighbours", state.neighbours.len() as u64),
         ]
     }
 
@@ -294,6 +301,11 @@ impl Drop for SchedulerClient {
     }
 }
 
+/// Whether this sidecar or a neighbour has a block.
+fn has(table: &TableReader, neighbours: &[&TableReader], key: IndexKey) -> bool {
+    table.get(key) != 0 || neighbours.iter().any(|table| table.get(key) != 0)
+}
+
 impl State {
     /// A group's namespace and the table to look it up in, where that can be trusted.
     fn fresh(&mut self, group: usize) -> Option<([u8; 16], &TableReader)> {
@@ -306,22 +318,31 @@ impl State {
         Some((*space, table))
     }
 
-    fn lookup(&mut self, group: usize, hashes: &[u8]) -> usize {
+    fn fresh_neighbours(&self) -> Vec<&TableReader> {
+        let fresh = self.neighbours.iter().filter(|(_, table)| table.is_fresh());
+        fresh.map(|(_, table)| table).collect()
+    }
+
+    /// The closure says of a hash whether somebody has its block.
+    fn finder(&mut self, group: usize) -> Option<impl Fn(&[u8; HASH_BYTES]) -> bool> {
         let seed = self.seed;
-        let Some((space, table)) = self.fresh(group) else { return 0 };
-        let present =
-            blocks(hashes).take_while(|hash| table.get(IndexKey::new(seed, &space, hash)) != 0).count();
+        let space = self.fresh(group)?.0;
+        let (table, neighbours) = (self.table.as_ref()?, self.fresh_neighbours());
+        Some(move |hash: &[u8; HASH_BYTES]| has(table, &neighbours, IndexKey::new(seed, &space, hash)))
+    }
+
+    fn lookup(&mut self, group: usize, hashes: &[u8]) -> usize {
+        let Some(has) = self.finder(group) else { return 0 };
+        let present = blocks(hashes).take_while(|hash| has(hash)).count();
+        drop(has);
         self.counts.blocks_looked_up += (hashes.len() / HASH_BYTES) as u64;
         self.counts.blocks_present += present as u64;
         present
     }
 
     fn present(&mut self, alive: bool, group: usize, hashes: &[u8]) -> Vec<bool> {
-        let seed = self.seed;
-        let found = match self.fresh(group).filter(|_| alive) {
-            Some((space, table)) => {
-                blocks(hashes).map(|hash| table.get(IndexKey::new(seed, &space, hash)) != 0).collect()
-            }
+        let found: Vec<bool> = match self.finder(group).filter(|_| alive) {
+            Some(has) => blocks(hashes).map(has).collect(),
             None => vec![false; hashes.len() / HASH_BYTES],
         };
         self.counts.blocks_looked_up += found.len() as u64;
@@ -362,6 +383,7 @@ impl State {
     fn forget_connection(&mut self) {
         self.close_namespaces();
         self.table = None;
+        self.neighbours.clear();
         self.counts.leases_lost += self.tickets.len() as u64;
         self.tickets.clear();
     }
@@ -385,7 +407,7 @@ impl Half for Shared {
         Ok(())
     }
 
-    fn message(&self, message: Message, outbox: &Outbox) {
+    fn message(&self, message: Message, mut fds: VecDeque<OwnedFd>, outbox: &Outbox) {
         let mut state = self.state();
         match message {
             Message::NamespaceOpened(opened) => state.namespace_opened(opened),
@@ -404,6 +426,15 @@ impl Half for Shared {
                 drop(state);
                 self.answered.notify_all();
             }
+            Message::NeighbourTable(table) => {
+                // One that cannot be opened is as good as none.
+                let opened = fds.pop_front().and_then(|fd| TableReader::open(fd, table.stale_ms).ok());
+                state.neighbours.retain(|(number, _)| *number != table.neighbour);
+                if let Some(reader) = opened.filter(|_| state.neighbours.len() < NEIGHBOURS_MAX) {
+                    state.neighbours.push((table.neighbour, reader));
+                }
+            }
+            Message::NeighbourGone(gone) => state.neighbours.retain(|(number, _)| *number != gone.neighbour),
             Message::Refused(refused) => {
                 drop(state);
                 self.health.say(format!("refused: {}", refused.text));

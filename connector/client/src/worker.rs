@@ -12,6 +12,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    os::fd::OwnedFd,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -630,7 +631,7 @@ impl Half for Shared {
         self.present(&mut state, outbox)
     }
 
-    fn message(&self, message: Message, outbox: &Outbox) {
+    fn message(&self, message: Message, _: VecDeque<OwnedFd>, outbox: &Outbox) {
         let mut state = self.state();
         match message {
             Message::Registered(registered) if registered.request == state.request => {

@@ -87,7 +87,8 @@ macro_rules! text {
 text! {
     HelloRef:; WelcomeRef:; RefusedRef:; NamespaceOpenedRef:; RegisteredRef:; LeaseRef:; LeasedRef:; RenewRef:;
     ReleaseRef:; SaveRef:; LoadRef:; CancelRef:; PingRef:; PongRef:; ByeRef:; StatusQueryRef:; StatusRef:;
-    UnregisterRef:; UnregisteredRef:;
+    UnregisterRef:; UnregisteredRef:; NeighbourTableRef:; NeighbourGoneRef:; BorrowRef:; DamagedRef:;
+    BorrowedRef: formats;
     OpenNamespaceRef: keys values;
     RegisterRef: keys values layer_names;
 }
@@ -114,4 +115,9 @@ messages! {
     Status / StatusRef = 19, "The state, as JSON.";
     Unregister / UnregisterRef = 20, "A worker's memory is about to go away.";
     Unregistered / UnregisteredRef = 21, "Nothing here reaches it any more.";
+    NeighbourTable / NeighbourTableRef = 22, "A presence table of another sidecar.";
+    NeighbourGone / NeighbourGoneRef = 23, "It counts no more.";
+    Borrow / BorrowRef = 24, "A neighbour asks for records.";
+    Borrowed / BorrowedRef = 25, "What it may read.";
+    Damaged / DamagedRef = 26, "A neighbour found a record damaged.";
 }
