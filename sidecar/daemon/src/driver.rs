@@ -12,7 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_core::{Action, Core, Direction, Event, JobId, LeaseRun, Outcome, Role, SessionId, Tenant};
+use pillion_core::{
+    Action, Core, Counters, Direction, Event, JobId, LeaseRun, Outcome, Role, SessionId, Tenant,
+};
 use pillion_cuda::{BlockCopier, Gpu};
 use pillion_protocol::{Message, frame, wire};
 use pillion_shm::{
@@ -27,7 +29,7 @@ use tokio::sync::{mpsc::UnboundedSender, oneshot};
 use crate::{
     copier::{Copiers, CopyReport, CopyTask},
     lanes::{LaneTask, Lanes},
-    metrics::{self, CoreCounters, LabelValue, Metrics},
+    metrics::{self, CoreCounters, LabelValue, Metrics, SsdCounters},
     register::Registered,
     ssd::{Recovered, Ssd, Told},
 };
@@ -639,6 +641,30 @@ impl Driver {
         })
     }
 
+    fn ssd_counters(&self, core: &Counters) -> SsdCounters {
+        let view = self.ssd.as_ref().map(|ssd| ssd.view().1).unwrap_or_default();
+        SsdCounters {
+            records: core.ssd_records,
+            hidden_records: core.ssd_records_hidden,
+            used_bytes: view.shelves.iter().map(|shelf| shelf.used_bytes).sum(),
+            capacity_bytes: view.shelves.iter().map(|shelf| shelf.capacity_bytes).sum(),
+            writes_waiting: core.ssd_writes_waiting,
+            blocks_written: core.ssd_blocks_written,
+            bytes_written: core.ssd_bytes_written,
+            blocks_read: core.ssd_blocks_read,
+            bytes_read: core.ssd_bytes_read,
+            unwritten: core.ssd_not_written,
+            write_failures: core.ssd_writes_failed,
+            read_failures: core.ssd_reads_failed,
+            corrupt: core.ssd_corrupt,
+            dropped: core.ssd_dropped,
+            leases_waited: core.leases_waited,
+            leases_cut_short: core.leases_cut_short,
+            retired_segments: view.shelves.iter().map(|shelf| u64::from(shelf.retired)).sum(),
+            read_only_directories: view.shelves.iter().filter(|shelf| shelf.is_read_only).count() as u64,
+        }
+    }
+
     /// Totals and levels.
     pub fn counters(&self) -> CoreCounters {
         let core = self.core.counters();
@@ -685,6 +711,7 @@ impl Driver {
             deadline_misses: core.deadline_misses,
             protocol_errors: core.protocol_errors,
             worker_restarts: self.restarts,
+            ssd: self.ssd_counters(&core),
         }
     }
 }
