@@ -170,11 +170,11 @@ impl Registration {
     pub(crate) fn message(
         &self,
         request: u64,
-        namespace: &[(String, String)],
+        namespaces: &[Vec<(String, String)>],
         fresh: bool,
         events: &[u8],
     ) -> wire::Register {
-        let (keys, values) = namespace.iter().cloned().unzip();
+        let (keys, values) = namespaces.iter().flatten().cloned().unzip();
         let column = |of: fn(&Tensor) -> u64| self.tensors.iter().map(of).collect::<Vec<_>>();
         let (way, base) = match &self.memory {
             Memory::Memfd(_) => (wire::Way::Memfd, 0),

@@ -6,7 +6,8 @@
 use std::{collections::HashMap, os::fd::BorrowedFd, path::PathBuf, time::Duration};
 
 use pillion_client::{
-    DeviceMemory, ForeignStream, JobEvent, LoadJob, Memory, Options, Registration, SaveJob, Tensor,
+    DeviceMemory, ForeignStream, JobEvent, LoadJob, LoadRun, Memory, Options, Registration, SaveJob, SaveRun,
+    Tensor,
 };
 use pyo3::{
     exceptions::{PyOSError, PyValueError},
@@ -42,6 +43,36 @@ fn per_block(hashes: &[u8], blocks: &[u32]) -> PyResult<()> {
     Err(PyValueError::new_err(format!("expected one block id per hash ({wanted}), got {found}")))
 }
 
+/// A group's namespace in the joined ids of all groups.
+fn space(spaces: &[[u8; 16]], group: usize) -> PyResult<[u8; 16]> {
+    spaces
+        .get(group)
+        .copied()
+        .ok_or_else(|| PyValueError::new_err(format!("expected a group below {}, got {group}", spaces.len())))
+}
+
+fn spaces(bytes: &[u8]) -> PyResult<&[[u8; 16]]> {
+    let (ids, rest) = bytes.as_chunks();
+    if rest.is_empty() {
+        return Ok(ids);
+    }
+    Err(PyValueError::new_err(format!(
+        "expected joined namespace ids of 16 bytes, got {} bytes",
+        bytes.len()
+    )))
+}
+
+fn counted(counts: impl Iterator<Item = u32>, blocks: &[u32]) -> PyResult<()> {
+    let counted: u64 = counts.map(u64::from).sum();
+    if counted == blocks.len() as u64 {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!(
+        "expected runs that count the {} blocks, got runs of {counted}",
+        blocks.len()
+    )))
+}
+
 /// A CUDA stream as Python frameworks give it.
 fn foreign(stream: Option<u64>) -> Option<ForeignStream> {
     // SAFETY: the caller passes a stream that it works on at this moment; it is used during this call only.
@@ -60,16 +91,23 @@ fn options(
     socket: PathBuf,
     engine_id: String,
     tenant: String,
-    namespace: HashMap<String, String>,
+    namespaces: Vec<HashMap<String, String>>,
     launch: Vec<String>,
     grace_ms: u64,
 ) -> PyResult<Options> {
     if engine_id.is_empty() || tenant.is_empty() {
         return Err(PyValueError::new_err("expected an engine id and a tenant, got an empty string"));
     }
-    let mut namespace: Vec<_> = namespace.into_iter().collect();
-    namespace.sort();
-    Ok(Options { socket, engine_id, tenant, namespace, launch, grace: Duration::from_millis(grace_ms) })
+    if namespaces.is_empty() {
+        return Err(PyValueError::new_err("expected a namespace for each KV cache group, got none"));
+    }
+    let sorted = |namespace: HashMap<String, String>| {
+        let mut fields: Vec<_> = namespace.into_iter().collect();
+        fields.sort();
+        fields
+    };
+    let namespaces = namespaces.into_iter().map(sorted).collect();
+    Ok(Options { socket, engine_id, tenant, namespaces, launch, grace: Duration::from_millis(grace_ms) })
 }
 
 /// The scheduler's half.
@@ -79,16 +117,16 @@ struct SchedulerClient(pillion_client::SchedulerClient);
 #[pymethods]
 impl SchedulerClient {
     #[new]
-    #[pyo3(signature = (*, socket, engine_id, tenant, namespace, launch = Vec::new(), grace_ms = 5000))]
+    #[pyo3(signature = (*, socket, engine_id, tenant, namespaces, launch = Vec::new(), grace_ms = 5000))]
     fn new(
         socket: PathBuf,
         engine_id: String,
         tenant: String,
-        namespace: HashMap<String, String>,
+        namespaces: Vec<HashMap<String, String>>,
         launch: Vec<String>,
         grace_ms: u64,
     ) -> PyResult<Self> {
-        let options = options(socket, engine_id, tenant, namespace, launch, grace_ms)?;
+        let options = options(socket, engine_id, tenant, namespaces, launch, grace_ms)?;
         pillion_client::SchedulerClient::new(options)
             .map(Self)
             .map_err(|error| PyOSError::new_err(error.to_string()))
@@ -102,20 +140,32 @@ impl SchedulerClient {
         self.0.status()
     }
 
-    fn namespace_id<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
-        self.0.namespace_id().map(|id| PyBytes::new(py, &id))
+    /// 16 bytes per group; None until all are open.
+    fn namespace_ids<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        self.0.namespace_ids().map(|ids| PyBytes::new(py, ids.as_flattened()))
     }
 
-    fn lookup(&self, hashes: &[u8]) -> PyResult<usize> {
-        Ok(self.0.lookup(self::hashes(hashes)?))
+    fn lookup(&self, group: usize, hashes: &[u8]) -> PyResult<usize> {
+        Ok(self.0.lookup(group, self::hashes(hashes)?))
     }
 
-    fn absent(&self, hashes: &[u8]) -> PyResult<Vec<u32>> {
-        Ok(self.0.absent(self::hashes(hashes)?))
+    /// One byte per block: 1 where the table has it.
+    fn present<'py>(&self, py: Python<'py>, group: usize, hashes: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+        let present = self.0.present(group, self::hashes(hashes)?);
+        Ok(PyBytes::new(py, &present.into_iter().map(u8::from).collect::<Vec<_>>()))
     }
 
-    fn lease(&self, hashes: &[u8]) -> PyResult<u64> {
-        Ok(self.0.lease(self::hashes(hashes)?))
+    fn absent(&self, group: usize, hashes: &[u8]) -> PyResult<Vec<u32>> {
+        Ok(self.0.absent(group, self::hashes(hashes)?))
+    }
+
+    fn lease(&self, runs: Vec<(usize, Bound<'_, PyBytes>)>) -> PyResult<u64> {
+        let checked =
+            |(group, bytes): &'_ (usize, Bound<'_, PyBytes>)| hashes(bytes.as_bytes()).map(|_| *group);
+        let groups = runs.iter().map(checked).collect::<PyResult<Vec<_>>>()?;
+        let runs: Vec<_> =
+            groups.into_iter().zip(&runs).map(|(group, (_, bytes))| (group, bytes.as_bytes())).collect();
+        Ok(self.0.lease(&runs))
     }
 
     #[pyo3(signature = (ticket, wait_us = 0))]
@@ -124,7 +174,7 @@ impl SchedulerClient {
         py: Python<'py>,
         ticket: u64,
         wait_us: u64,
-    ) -> Option<(u32, Bound<'py, PyBytes>)> {
+    ) -> Option<(Vec<u32>, Bound<'py, PyBytes>)> {
         let wait = Duration::from_micros(wait_us);
         // Without a wait there is nothing to gain from letting other threads in.
         let grant = if wait.is_zero() {
@@ -132,8 +182,9 @@ impl SchedulerClient {
         } else {
             py.detach(|| self.0.lease_poll(ticket, wait))
         }?;
-        let lease: &[u8] = if grant.blocks > 0 { &grant.lease } else { &[] };
-        Some((grant.blocks, PyBytes::new(py, lease)))
+        let lease: &[u8] = if grant.is_nothing() { &[] } else { &grant.lease };
+        let lease = PyBytes::new(py, lease);
+        Some((grant.blocks, lease))
     }
 
     fn release(&self, ticket: u64) {
@@ -165,16 +216,16 @@ struct WorkerClient(pillion_client::WorkerClient);
 #[pymethods]
 impl WorkerClient {
     #[new]
-    #[pyo3(signature = (*, socket, engine_id, tenant, namespace, launch = Vec::new(), grace_ms = 5000))]
+    #[pyo3(signature = (*, socket, engine_id, tenant, namespaces, launch = Vec::new(), grace_ms = 5000))]
     fn new(
         socket: PathBuf,
         engine_id: String,
         tenant: String,
-        namespace: HashMap<String, String>,
+        namespaces: Vec<HashMap<String, String>>,
         launch: Vec<String>,
         grace_ms: u64,
     ) -> PyResult<Self> {
-        let options = options(socket, engine_id, tenant, namespace, launch, grace_ms)?;
+        let options = options(socket, engine_id, tenant, namespaces, launch, grace_ms)?;
         pillion_client::WorkerClient::new(options)
             .map(Self)
             .map_err(|error| PyOSError::new_err(error.to_string()))
@@ -265,49 +316,62 @@ impl WorkerClient {
         self.0.canary_checked()
     }
 
-    #[pyo3(signature = (job, lease, first, namespace, hashes, blocks, deadline_ms, stream = None))]
+    /// `spaces`: the namespace ids of all groups; `runs`: (group, run of the lease, its first block, blocks).
+    #[pyo3(signature = (job, lease, spaces, runs, hashes, blocks, deadline_ms, stream = None))]
     #[expect(clippy::too_many_arguments, reason = "the Python interface")]
     fn submit_load(
         &self,
         job: &[u8],
         lease: &[u8],
-        first: u32,
-        namespace: &[u8],
+        spaces: &[u8],
+        runs: Vec<(usize, u32, u32, u32)>,
         hashes: &[u8],
         blocks: Vec<u32>,
         deadline_ms: u64,
         stream: Option<u64>,
     ) -> PyResult<()> {
         per_block(hashes, &blocks)?;
-        let (job, lease, space) = (id("job", job)?, id("lease", lease)?, id("namespace", namespace)?);
+        let (job, lease, spaces) = (id("job", job)?, id("lease", lease)?, self::spaces(spaces)?);
+        let run =
+            |(group, run, first, count)| Ok(LoadRun { space: space(spaces, group)?, run, first, count });
+        let runs = runs.into_iter().map(run).collect::<PyResult<Vec<_>>>()?;
+        counted(runs.iter().map(|run| run.count), &blocks)?;
         let (hashes, deadline) = (hashes.to_vec(), Duration::from_millis(deadline_ms));
         let stream = foreign(stream);
-        self.0.submit_load(LoadJob { job, lease, first, space, hashes, blocks, deadline, stream });
+        self.0.submit_load(LoadJob { job, lease, runs, hashes, blocks, deadline, stream });
         Ok(())
     }
 
-    #[pyo3(signature = (job, namespace, parent, hashes, blocks, deadline_ms, stream = None))]
+    /// `spaces`: the namespace ids of all groups; `runs`: (group, hash of the block before or b"", blocks).
+    #[pyo3(signature = (job, spaces, runs, hashes, blocks, deadline_ms, stream = None))]
     #[expect(clippy::too_many_arguments, reason = "the Python interface")]
     fn submit_save(
         &self,
         job: &[u8],
-        namespace: &[u8],
-        parent: &[u8],
+        spaces: &[u8],
+        runs: Vec<(usize, Bound<'_, PyBytes>, u32)>,
         hashes: &[u8],
         blocks: Vec<u32>,
         deadline_ms: u64,
         stream: Option<u64>,
     ) -> PyResult<()> {
         per_block(hashes, &blocks)?;
-        if !parent.is_empty() && parent.len() != HASH_BYTES {
-            let got = parent.len();
-            return Err(PyValueError::new_err(format!("expected a parent hash of 0 or 32 bytes, got {got}")));
-        }
-        let (job, space) = (id("job", job)?, id("namespace", namespace)?);
-        let (parent, hashes, deadline) =
-            (parent.to_vec(), hashes.to_vec(), Duration::from_millis(deadline_ms));
+        let (job, spaces) = (id("job", job)?, self::spaces(spaces)?);
+        let run = |(group, parent, count): (usize, Bound<'_, PyBytes>, u32)| {
+            let parent = match parent.as_bytes() {
+                [] => None,
+                bytes => Some(bytes.try_into().map_err(|_| {
+                    let got = bytes.len();
+                    PyValueError::new_err(format!("expected a parent hash of 0 or 32 bytes, got {got}"))
+                })?),
+            };
+            Ok(SaveRun { space: space(spaces, group)?, parent, count })
+        };
+        let runs = runs.into_iter().map(run).collect::<PyResult<Vec<_>>>()?;
+        counted(runs.iter().map(|run| run.count), &blocks)?;
+        let (hashes, deadline) = (hashes.to_vec(), Duration::from_millis(deadline_ms));
         let stream = foreign(stream);
-        self.0.submit_save(SaveJob { job, space, parent, hashes, blocks, deadline, stream });
+        self.0.submit_save(SaveJob { job, runs, hashes, blocks, deadline, stream });
         Ok(())
     }
 

@@ -7,19 +7,22 @@ use std::{
 
 use crate::{
     event::{Action, Event, Outcome, Registration, Role},
-    ids::{LeaseId, NamespaceId, SessionId},
+    ids::{NamespaceId, SessionId},
     jobs::{Job, JobKey},
-    key::{BlockKey, Namespace, Tenant},
-    lease::{Lease, Leases},
-    store::{State, Store},
+    key::{Namespace, Tenant},
+    lease::Leases,
+    store::Store,
 };
 
+mod grant;
 mod work;
 
 use work::Submitted;
 
 /// Blocks that one lease or job may name.
 const MAX_BLOCKS: usize = 65_536;
+/// Runs that one lease or job may have.
+const MAX_RUNS: usize = 1024;
 /// Namespaces that are remembered; beyond it the sidecar refuses new ones until it restarts.
 const MAX_NAMESPACES: usize = 65_536;
 
@@ -172,8 +175,8 @@ impl Core {
                 }
             }
             Event::Unregister { session, request } => self.unregister(session, request, actions),
-            Event::Lease { session, request, space, hashes } => {
-                self.lease(session, request, space, &hashes, now_ns, actions);
+            Event::Lease { session, request, runs, hashes } => {
+                self.lease(session, request, &runs, &hashes, now_ns, actions);
             }
             Event::Renew { session, lease } => {
                 if let Some(lease) = self.leases.get_mut(lease).filter(|lease| lease.session == session) {
@@ -185,15 +188,15 @@ impl Core {
                     self.leases.release(lease, &mut self.store);
                 }
             }
-            Event::Save { session, job, space, parent, hashes, blocks, word, tag, deadline_ns, event } => {
+            Event::Save { session, job, runs, hashes, blocks, word, tag, deadline_ns, event } => {
                 let (hashes, blocks) = (&*hashes, &*blocks);
-                let save = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
-                self.save(&save, parent, word, tag, actions);
+                let save = Submitted { session, job, hashes, blocks, deadline_ns, event };
+                self.save(&save, &runs, word, tag, actions);
             }
-            Event::Load { session, job, lease, first, space, hashes, blocks, deadline_ns, event } => {
+            Event::Load { session, job, lease, runs, hashes, blocks, deadline_ns, event } => {
                 let (hashes, blocks) = (&*hashes, &*blocks);
-                let load = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
-                self.load(&load, lease, first, actions);
+                let load = Submitted { session, job, hashes, blocks, deadline_ns, event };
+                self.load(&load, lease, &runs, actions);
             }
             Event::Cancel { session, job } => {
                 if let Some(running) = self.jobs.get_mut(&(session, job)) {
@@ -316,72 +319,6 @@ impl Core {
         }
         self.spaces.insert(id, Space { tenant, namespace });
         actions.push(Action::NamespaceOpened { session, request, id });
-    }
-
-    fn lease(
-        &mut self,
-        id: SessionId,
-        request: u64,
-        space: NamespaceId,
-        hashes: &[[u8; 32]],
-        now_ns: u64,
-        actions: &mut Vec<Action>,
-    ) {
-        let none = Action::Leased { session: id, request, lease: LeaseId([0; 16]), blocks: 0 };
-        let Some(session) = self.sessions.get(&id) else { return };
-        let known = self.spaces.get(&space).is_some_and(|space| space.tenant == session.tenant.name);
-        if !known || hashes.len() > MAX_BLOCKS {
-            actions.push(none);
-            let text =
-                "expected a lease over at most 65536 blocks of a namespace that this session's tenant opened";
-            return self.protocol_error(id, text.to_owned(), actions);
-        }
-        self.counters.lease_blocks_asked += hashes.len() as u64;
-        if self.draining || self.leases.len() >= self.limits.leases_max {
-            self.counters.leases_refused += 1;
-            return actions.push(none);
-        }
-        let mut records = Vec::new();
-        let mut pinned = self.store.pinned_bytes;
-        for hash in hashes {
-            let key = BlockKey::new(&session.tenant.key, space, 0, hash);
-            let Some(record) = self.store.find(&key) else { break };
-            let Some(found) = self.store.get(record).filter(|found| found.state == State::Published) else {
-                break;
-            };
-            pinned += found.bytes;
-            if pinned > self.limits.pinned_bytes_max {
-                break;
-            }
-            records.push(record);
-        }
-        if records.is_empty() {
-            self.counters.leases_empty += 1;
-            return actions.push(none);
-        }
-        // Children first: a parent must never be older than its child.
-        for record in records.iter().rev() {
-            self.store.touch(*record);
-        }
-        let blocks = records.len() as u32;
-        self.counters.lease_blocks_hit += u64::from(blocks);
-        self.counters.leases_granted += 1;
-        let lease = Lease {
-            session: id,
-            engine: Arc::clone(&session.engine),
-            uid: session.uid,
-            tenant: Arc::clone(&session.tenant.name),
-            space,
-            records,
-            expires_ns: now_ns + self.limits.lease_ns,
-            jobs: 0,
-            released: false,
-        };
-        self.lease_count += 1;
-        let hash = blake3::keyed_hash(&self.limits.lease_seed, &self.lease_count.to_le_bytes());
-        let lease_id = LeaseId(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes"));
-        self.leases.grant(lease_id, lease, &mut self.store);
-        actions.push(Action::Leased { session: id, request, lease: lease_id, blocks });
     }
 
     fn tick(&mut self, now_ns: u64, actions: &mut Vec<Action>) {

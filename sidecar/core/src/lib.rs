@@ -11,7 +11,10 @@ mod pool;
 mod store;
 
 pub use crate::core::{Core, Counters, Limits, SessionView};
-pub use event::{Action, BlockOutcome, CopyItem, Direction, Event, Outcome, Registration, Role};
+pub use event::{
+    Action, BlockOutcome, CopyItem, Direction, Event, Group, LeaseRun, LoadRun, Outcome, Registration, Role,
+    SaveRun,
+};
 pub use ids::{JobId, LeaseId, NamespaceId, SessionId};
 pub use key::{BlockKey, Tenant, TenantKey};
 pub use pool::{CHUNK_BYTES, Extent};

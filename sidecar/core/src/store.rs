@@ -44,6 +44,13 @@ pub(crate) struct Record {
     queued: Option<u64>,
 }
 
+impl Record {
+    /// Whether a lease keeps it where it is.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins > 0
+    }
+}
+
 /// A key is already uniform: eight bytes of it are its hash.
 #[derive(Default)]
 pub(crate) struct KeyHasher(u64);

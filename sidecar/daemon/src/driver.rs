@@ -383,15 +383,15 @@ impl Driver {
         if let Some(live) = self.sessions.get_mut(&session) {
             live.view.layout = Some(layout);
             live.view.num_blocks = registration.num_blocks;
-            live.view.record_bytes = registration.record_bytes;
+            live.view.record_bytes = record_bytes(&registration);
             live.view.canary = Some(canary);
             live.view.refused = None;
             live.mover = Some(mover);
         }
         let answer = wire::Registered {
             request,
-            record_bytes: registration.record_bytes,
-            format: registration.format.to_string(),
+            record_bytes: record_bytes(&registration),
+            format: registration.groups.iter().map(|group| &*group.format).collect::<Vec<_>>().join("\n"),
         };
         self.apply(Event::Registered { session, registration });
         self.send(session, &Message::Registered(answer));
@@ -655,6 +655,11 @@ impl Live {
             }
         }
     }
+}
+
+/// Bytes of one block in all groups.
+fn record_bytes(registration: &pillion_core::Registration) -> u64 {
+    registration.groups.iter().map(|group| group.record_bytes).sum()
 }
 
 fn metrics_direction(direction: Direction) -> metrics::Direction {

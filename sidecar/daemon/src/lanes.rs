@@ -124,7 +124,7 @@ fn serve(
             vec![Moved::Skipped; items.len()]
         } else {
             let item = |item: &CopyItem| {
-                let CopyItem { block, offset, checksum } = *item;
+                let CopyItem { block, offset, checksum, .. } = *item;
                 Item { block, offset, checksum }
             };
             let items: Vec<Item> = items.iter().map(item).collect();

@@ -2,7 +2,7 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use pillion_core::{Registration, key::Namespace};
+use pillion_core::{Group, Registration, key::Namespace};
 use pillion_cuda::{
     BlockCopier, DeviceHandle, DeviceSource, EngineMemory, Gpu, MemfdMemory, ProcessMemory, driver,
 };
@@ -148,12 +148,8 @@ pub fn register(
         .ok_or_else(|| malformed("expected 1 to 256 namespace fields with different names, got others"))?;
     let layout = vllm::layout(&cache).map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?;
     let plan = plan(&layout).map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?;
-    let registration = Registration {
-        namespace,
-        record_bytes: layout.record_bytes(),
-        num_blocks: layout.num_blocks(),
-        format: layout.format().into(),
-    };
+    let group = Group { namespace, record_bytes: layout.record_bytes(), format: layout.format().into() };
+    let registration = Registration { num_blocks: layout.num_blocks(), groups: vec![group] };
     let checked = Checked { registration, order: message.layout.clone() };
     let canary =
         Canary { seed: message.canary_seed, fresh: message.canary_fresh, checked: message.canary_checked };

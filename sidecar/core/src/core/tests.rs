@@ -8,10 +8,12 @@ use pillion_shm::presence::IndexKey;
 
 use super::*;
 use crate::{
-    event::{BlockOutcome, CopyItem, Direction},
-    ids::JobId,
+    event::{BlockOutcome, CopyItem, Direction, Group, LeaseRun, LoadRun, Outcome, SaveRun},
+    ids::{JobId, LeaseId},
     key::TenantKey,
 };
+
+mod groups;
 
 const RECORD: u64 = 512 << 10;
 const SECOND: u64 = 1_000_000_000;
@@ -24,6 +26,14 @@ fn hash(n: u32) -> [u8; 32] {
 
 fn namespace(model: &str) -> Namespace {
     Namespace::new(vec![("model".into(), model.into())]).unwrap()
+}
+
+fn group(model: &str, record_bytes: u64) -> Group {
+    Group { namespace: namespace(model), record_bytes, format: "format".into() }
+}
+
+fn registration(model: &str) -> Registration {
+    Registration { num_blocks: 64, groups: vec![group(model, RECORD)] }
 }
 
 fn tenant(n: u8) -> Tenant {
@@ -40,6 +50,8 @@ struct Rig {
     words: HashMap<(SessionId, JobId), bool>,
     done: Vec<(SessionId, JobId, Outcome, bool, u32)>,
     leased: HashMap<u64, (LeaseId, u32)>,
+    /// Of the last lease, run by run.
+    runs: Vec<u32>,
     present: HashSet<(Arc<str>, IndexKey)>,
     ended: Vec<SessionId>,
     unregistered: Vec<u64>,
@@ -68,6 +80,7 @@ impl Rig {
             words: HashMap::new(),
             done: Vec::new(),
             leased: HashMap::new(),
+            runs: Vec::new(),
             present: HashSet::new(),
             ended: Vec::new(),
             unregistered: Vec::new(),
@@ -93,7 +106,8 @@ impl Rig {
                     self.done.push((session, job, outcome, quiesced, blocks));
                 }
                 Action::Leased { request, lease, blocks, .. } => {
-                    self.leased.insert(request, (lease, blocks));
+                    self.runs = blocks;
+                    self.leased.insert(request, (lease, self.runs.iter().sum()));
                 }
                 Action::TableSet { tenant, key } => assert!(self.present.insert((tenant, key)), "set twice"),
                 Action::TableRemove { tenant, key } => {
@@ -126,13 +140,7 @@ impl Rig {
         let (scheduler, worker) = (attach(Role::Scheduler), attach(Role::Worker));
         let namespace = namespace(model);
         let space = namespace.id(tenant, b"");
-        let registration = Registration {
-            namespace: namespace.clone(),
-            record_bytes: RECORD,
-            num_blocks: 64,
-            format: "format".into(),
-        };
-        self.apply(Event::Registered { session: worker, registration });
+        self.apply(Event::Registered { session: worker, registration: registration(model) });
         self.apply(Event::OpenNamespace { session: scheduler, request: 0, namespace, epoch: Vec::new() });
         Engine { scheduler, worker, space }
     }
@@ -143,8 +151,11 @@ impl Rig {
         self.apply(Event::Save {
             session: engine.worker,
             job,
-            space: engine.space,
-            parent: parent.map(hash),
+            runs: vec![SaveRun {
+                space: engine.space,
+                parent: parent.map(hash),
+                count: blocks.clone().count() as u32,
+            }],
             hashes: blocks.clone().map(hash).collect(),
             blocks: blocks.map(|n| n % 64).collect(),
             word: 0,
@@ -158,8 +169,9 @@ impl Rig {
     fn lease(&mut self, engine: &Engine, hashes: impl Iterator<Item = u32>) -> (LeaseId, u32) {
         self.jobs += 1;
         let request = self.jobs;
-        let hashes = hashes.map(hash).collect();
-        self.apply(Event::Lease { session: engine.scheduler, request, space: engine.space, hashes });
+        let hashes: Vec<_> = hashes.map(hash).collect();
+        let runs = vec![LeaseRun { space: engine.space, count: hashes.len() as u32 }];
+        self.apply(Event::Lease { session: engine.scheduler, request, runs, hashes });
         self.leased[&request]
     }
 
@@ -170,8 +182,7 @@ impl Rig {
             session: engine.worker,
             job,
             lease,
-            first,
-            space: engine.space,
+            runs: vec![LoadRun { run: 0, first, space: engine.space, count: hashes.clone().count() as u32 }],
             blocks: hashes.clone().map(|n| n % 64).collect(),
             hashes: hashes.map(hash).collect(),
             deadline_ns: self.now + 2 * SECOND,
@@ -440,22 +451,17 @@ fn memory_that_goes_away_is_let_go_when_its_last_copy_has_ended() {
     assert_eq!(rig.unregistered, [77]);
     assert_eq!(rig.lease(&engine, 0..4).1, 2, "a save that was given up is not found");
     // Woken up.
-    let (record_bytes, num_blocks) = (RECORD, 64);
-    let registration =
-        Registration { namespace: namespace("m"), record_bytes, num_blocks, format: "format".into() };
-    rig.apply(Event::Registered { session: engine.worker, registration });
+    rig.apply(Event::Registered { session: engine.worker, registration: registration("m") });
     let load = rig.load(&engine, lease, 0, 0..2);
     rig.copy(|_| BlockOutcome::Copied(1));
     assert_eq!(rig.last(), (load, Outcome::Done, true, 2));
     rig.apply(Event::Unregister { session: engine.worker, request: 78 });
     assert_eq!(rig.unregistered, [77, 78], "nothing ran");
     // Jobs of new memory do not keep the old.
-    let registration =
-        Registration { namespace: namespace("m"), record_bytes, num_blocks, format: "format".into() };
-    rig.apply(Event::Registered { session: engine.worker, registration: registration.clone() });
+    rig.apply(Event::Registered { session: engine.worker, registration: registration("m") });
     rig.load(&engine, lease, 0, 0..2);
     rig.apply(Event::Unregister { session: engine.worker, request: 79 });
-    rig.apply(Event::Registered { session: engine.worker, registration });
+    rig.apply(Event::Registered { session: engine.worker, registration: registration("m") });
     rig.load(&engine, lease, 0, 0..2);
     rig.copy(|_| BlockOutcome::Skipped);
     assert_eq!(rig.unregistered, [77, 78, 79]);
@@ -471,19 +477,10 @@ fn jobs_that_no_correct_client_submits_are_answered_and_counted() {
         rig.jobs += 1;
         let job = JobId(u128::from(rig.jobs).to_le_bytes());
         let (session, space) = (engine.worker, engine.space);
+        let runs = vec![SaveRun { space, parent: None, count: hashes as u32 }];
         let hashes = vec![hash(1); hashes];
-        let save = Event::Save {
-            session,
-            job,
-            space,
-            parent: None,
-            hashes,
-            blocks,
-            word: 0,
-            tag: 0,
-            deadline_ns: 1,
-            event: None,
-        };
+        let save =
+            Event::Save { session, job, runs, hashes, blocks, word: 0, tag: 0, deadline_ns: 1, event: None };
         rig.apply(save);
         assert_eq!(rig.last(), (job, Outcome::Failed, true, 0));
     };
