@@ -160,7 +160,7 @@ class FakeEngine:
             "socket": str(self.socket),
             "engine_id": self.name,
             "tenant": self.tenant,
-            "namespace": {"model": self.model, "dtype": self.shape.dtype, "hash": "sha256", **self.extra},
+            "namespaces": [{"model": self.model, "dtype": self.shape.dtype, "hash": "sha256", **self.extra}],
             "launch": list(self.launch),
             "grace_ms": self.grace_ms,
         }
@@ -268,7 +268,7 @@ class FakeEngine:
         return f"scheduler: {self.scheduler.status()}; worker: {self.worker.status()}"
 
     def lookup(self, hashes: list[bytes]) -> int:
-        count: int = self.timed("lookup", lambda: self.scheduler.lookup(b"".join(hashes)))
+        count: int = self.timed("lookup", lambda: self.scheduler.lookup(0, b"".join(hashes)))
         return count
 
     # ---- jobs ------------------------------------------------------------
@@ -289,12 +289,12 @@ class FakeEngine:
         job = self._job("save", hashes, deadline_ms)
         for block, block_hash in zip(job.blocks, hashes, strict=True):
             self.write(block, self.expected(block_hash))
-        space = self.scheduler.namespace_id() or bytes(16)
-        joined, blocks = b"".join(hashes), job.blocks
+        spaces = self.scheduler.namespace_ids() or bytes(16)
+        joined, blocks, runs = b"".join(hashes), job.blocks, [(0, parent, len(hashes))]
         self.timed(
             "submit_save",
             lambda: self.worker.submit_save(
-                job.id, space, parent, joined, blocks, deadline_ms, **self._after()
+                job.id, spaces, runs, joined, blocks, deadline_ms, **self._after()
             ),
         )
         return self._submitted(job)
@@ -310,7 +310,7 @@ class FakeEngine:
 
     def lease(self, hashes: list[bytes], seconds: float = 5.0) -> tuple[int, int, bytes]:
         """(ticket, blocks granted, lease id); zeros where nothing is there."""
-        ticket: int = self.timed("lease", lambda: self.scheduler.lease(b"".join(hashes)))
+        ticket: int = self.timed("lease", lambda: self.scheduler.lease([(0, b"".join(hashes))]))
         if not ticket:
             return 0, 0, b""
         deadline = time.monotonic() + seconds
@@ -319,10 +319,11 @@ class FakeEngine:
             if time.monotonic() > deadline:
                 self.release(ticket)
                 return 0, 0, b""
-        if not grant[0]:
+        granted, lease = grant
+        if not any(granted):
             self.release(ticket)
             return 0, 0, b""
-        return ticket, grant[0], grant[1]
+        return ticket, granted[0], lease
 
     def release(self, ticket: int) -> None:
         self.timed("release", lambda: self.scheduler.release(ticket))
@@ -339,12 +340,12 @@ class FakeEngine:
         job.ticket = ticket
         for block in job.blocks:
             self.fill(block, 0)
-        space = self.scheduler.namespace_id() or bytes(16)
-        joined, blocks = b"".join(hashes), job.blocks
+        spaces = self.scheduler.namespace_ids() or bytes(16)
+        joined, blocks, runs = b"".join(hashes), job.blocks, [(0, 0, first, len(hashes))]
         self.timed(
             "submit_load",
             lambda: self.worker.submit_load(
-                job.id, lease, first, space, joined, blocks, deadline_ms, **self._after()
+                job.id, lease, spaces, runs, joined, blocks, deadline_ms, **self._after()
             ),
         )
         return self._submitted(job)

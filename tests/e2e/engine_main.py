@@ -87,7 +87,7 @@ def identity_of(_worker: Any) -> dict[str, Any]:
     config = connector._kv_cache_config
     spec = config.kv_cache_groups[0].kv_cache_spec
     return {
-        "namespace": identity.namespace_fields(connector._vllm_config, config, connector._settings),
+        "namespace": identity.namespaces(connector._vllm_config, config, connector._settings)[0],
         "layers": list(config.kv_cache_tensors[0].layers),
         "dtype": str(spec.dtype),
         "kind": type(spec).__name__,

@@ -37,7 +37,7 @@ class NoisyEngine:
             "socket": str(socket),
             "engine_id": f"noise-{os.urandom(4).hex()}",
             "tenant": "default",
-            "namespace": identity["namespace"],
+            "namespaces": [identity["namespace"]],
         }
         self.scheduler = SchedulerClient(**options)
         self.worker = WorkerClient(**options)
@@ -73,10 +73,10 @@ class NoisyEngine:
         )
 
     def save(self, hashes: list[bytes]) -> None:
-        space = self.scheduler.namespace_id()
-        assert space is not None
+        spaces = self.scheduler.namespace_ids()
+        assert spaces is not None
         blocks = list(range(1, len(hashes) + 1))
-        self.worker.submit_save(os.urandom(16), space, b"", b"".join(hashes), blocks, 10_000)
+        self.worker.submit_save(os.urandom(16), spaces, [(0, b"", len(blocks))], b"".join(hashes), blocks, 10_000)
         events = until(self.worker.poll, lambda: "the save ends")
         assert events[0][1:] == (DONE, True, len(hashes)), events
 

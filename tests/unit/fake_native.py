@@ -2,7 +2,8 @@
 
 `FakeNative` is the module, the sidecar and the fault injector in one. Time is counted in polls of the worker's
 client and in calls of `lease_poll`, so that every run of a test is the same. It reads and writes the engine's
-blocks through `memory` (block id -> contents), when a job is carried out and not when it is submitted.
+blocks through `memory` (block id -> contents), when a job is carried out and not when it is submitted. Every group is
+a namespace of its own, so a load that mixes groups up finds nothing, or fails the assertions here.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ class FakeJob:
 
     job: bytes
     load: bool
-    namespace: bytes
-    hashes: list[bytes]
+    keys: list[tuple[bytes, bytes]]  # (namespace, hash) of each block
     blocks: list[int]
     contents: list[Any]  # of a load: what the lease proved
     polls_left: int
@@ -55,9 +55,11 @@ class FakeNative:
     store: dict[tuple[bytes, bytes], Any] = field(default_factory=dict)
     jobs: dict[bytes, FakeJob] = field(default_factory=dict)
     epoch: int = 0
-    leases: dict[int, tuple[bytes, list[bytes], int]] = field(
+    leases: dict[int, tuple[bytes, list[tuple[int, list[bytes]]], int]] = field(
         default_factory=dict
-    )  # ticket -> id, hashes, polls
+    )  # ticket -> id, (group, hashes granted) of each run, polls
+    lease_short: dict[int, int] = field(default_factory=dict)  # group -> blocks granted of its run, next time
+    groups: int = 1
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     registered: Any = None  # what `register` was given
@@ -74,6 +76,7 @@ class FakeNative:
 
     def SchedulerClient(self, **options: Any) -> FakeScheduler:
         self.options.append(options)
+        self.groups = len(options.get("namespaces", [{}]))
         return FakeScheduler(self)
 
     def WorkerClient(self, **options: Any) -> FakeWorker:
@@ -97,7 +100,19 @@ class FakeNative:
 
     @property
     def namespace(self) -> bytes:
-        return self.epoch.to_bytes(16, "big")
+        """Of the first group."""
+        return self.space(0)
+
+    def space(self, group: int) -> bytes:
+        return (self.epoch + (group << 64)).to_bytes(16, "big")
+
+    @property
+    def spaces(self) -> bytes:
+        return b"".join(self.space(group) for group in range(self.groups))
+
+    def stored(self, group: int) -> int:
+        """Blocks of a group in this epoch."""
+        return sum(space == self.space(group) for space, _ in self.store)
 
     def called(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
@@ -152,8 +167,7 @@ class FakeNative:
                 self.memory[block] = list(content)
             return len(job.blocks)
         stored = 0
-        for block, block_hash in zip(job.blocks, job.hashes, strict=True):
-            key = (job.namespace, block_hash)
+        for block, key in zip(job.blocks, job.keys, strict=True):
             content = list(self.memory[block])
             if key in self.store:
                 assert self.store[key] == content, "two contents under one hash"
@@ -172,7 +186,7 @@ class FakeRanks:
     def _of(self, options: dict[str, Any]) -> FakeNative:
         found = re.search(r"cpu(\d+)", options["socket"])
         assert found, options
-        assert options["namespace"]["shard"] == f"{int(found[1]) + 1}/{len(self.ranks)}"
+        assert options["namespaces"][0]["shard"] == f"{int(found[1]) + 1}/{len(self.ranks)}"
         return self.ranks[int(found[1])]
 
     def SchedulerClient(self, **options: Any) -> FakeScheduler:
@@ -198,51 +212,64 @@ class FakeScheduler:
     def status(self) -> str:
         return "ready" if self.native.attached else self.native.attach_status
 
-    def namespace_id(self) -> bytes | None:
-        self.native.called("namespace_id")
-        return self.native.namespace if self.native.attached else None
+    def namespace_ids(self) -> bytes | None:
+        self.native.called("namespace_ids")
+        return self.native.spaces if self.native.attached else None
 
-    def _hits(self, hashes: bytes) -> list[bytes]:
-        hits: list[bytes] = []
-        for offset in range(0, len(hashes), 32):
-            block_hash = hashes[offset : offset + 32]
-            if (self.native.namespace, block_hash) not in self.native.store:
-                break
-            hits.append(block_hash)
-        return hits
+    def _leading(self, group: int, hashes: bytes) -> list[bytes]:
+        there = self._present(group, hashes)
+        return _split(hashes)[: (there + b"\0").index(0)]
 
-    def lookup(self, hashes: bytes) -> int:
+    def _present(self, group: int, hashes: bytes) -> bytes:
+        assert 0 <= group < self.native.groups
+        space, store = self.native.space(group), self.native.store
+        return bytes(self.native.attached and (space, each) in store for each in _split(hashes))
+
+    def lookup(self, group: int, hashes: bytes) -> int:
         self.native.called("lookup")
-        return len(self._hits(hashes)) if self.native.attached else 0
+        return len(self._leading(group, hashes))
 
-    def absent(self, hashes: bytes) -> list[int]:
+    def present(self, group: int, hashes: bytes) -> bytes:
+        self.native.called("present")
+        return self._present(group, hashes)
+
+    def absent(self, group: int, hashes: bytes) -> list[int]:
         self.native.called("absent")
         if not self.native.attached:
             return []
-        space, store = self.native.namespace, self.native.store
-        return [i for i in range(len(hashes) // 32) if (space, hashes[32 * i : 32 * i + 32]) not in store]
+        return [index for index, there in enumerate(self._present(group, hashes)) if not there]
 
-    def lease(self, hashes: bytes) -> int:
+    def lease(self, runs: list[tuple[int, bytes]]) -> int:
         native = self.native
         native.called("lease")
-        hits = self._hits(hashes) if native.attached else []
-        hits = hits[: native.grant_blocks_max]
-        if not hits:
+        if not native.attached:
             return 0
+        asked = [(group, _split(hashes)) for group, hashes in runs]
+        if len(runs) == 1:
+            asked = [(group, self._leading(group, hashes)) for group, hashes in runs]
+            if not asked[0][1]:
+                return 0
+        assert all(hashes for _, hashes in asked), "a run of nothing"
+        granted = [(group, self._leading(group, b"".join(hashes))) for group, hashes in asked]
+        granted = [
+            (group, hashes[: native.lease_short.pop(group, native.grant_blocks_max)])
+            for group, hashes in granted
+        ]
         native.minted += 1
-        native.leases[native.minted] = (native.minted.to_bytes(16, "big"), hits, native.grant_after_polls)
+        native.leases[native.minted] = (native.minted.to_bytes(16, "big"), granted, native.grant_after_polls)
         return native.minted
 
-    def lease_poll(self, ticket: int, wait_us: int = 0) -> tuple[int, bytes] | None:
+    def lease_poll(self, ticket: int, wait_us: int = 0) -> tuple[list[int], bytes] | None:
         native = self.native
         native.called("lease_poll")
-        lease, hits, polls = native.leases[ticket]
+        lease, runs, polls = native.leases[ticket]
         if polls > 0:
-            native.leases[ticket] = (lease, hits, polls - 1)
+            native.leases[ticket] = (lease, runs, polls - 1)
             return None
-        if native.refuse_leases or not native.attached:
-            return 0, b""
-        return len(hits), lease
+        counts = [len(hashes) for _, hashes in runs]
+        if native.refuse_leases or not native.attached or not any(counts):
+            return [], b""
+        return counts, lease
 
     def release(self, ticket: int) -> None:
         self.native.called("release")
@@ -311,8 +338,8 @@ class FakeWorker:
         self,
         job: bytes,
         lease: bytes,
-        first: int,
-        namespace: bytes,
+        spaces: bytes,
+        runs: list[tuple[int, int, int, int]],
         hashes: bytes,
         blocks: list[int],
         deadline_ms: int,
@@ -323,18 +350,24 @@ class FakeWorker:
         native.streams.append(("load", stream))
         if native.submit_error is not None:
             raise native.submit_error
-        held = next(hits for lease_id, hits, _ in native.leases.values() if lease_id == lease)
+        leased = next(runs for lease_id, runs, _ in native.leases.values() if lease_id == lease)
         wanted = _split(hashes)
-        assert held[first : first + len(wanted)] == wanted, "the load asks for blocks outside its lease"
-        assert len(blocks) == len(wanted) and deadline_ms > 0
-        contents = [native.store.get((namespace, block_hash)) for block_hash in wanted]
-        self._add(FakeJob(job, True, namespace, wanted, list(blocks), contents, native.load_polls))
+        keys: list[tuple[bytes, bytes]] = []
+        for group, run, first, count in runs:
+            of_group, held = leased[run]
+            own = wanted[len(keys) :][:count]
+            assert of_group == group and count > 0
+            assert held[first : first + count] == own, "the load asks for blocks outside its lease"
+            keys += [(_space(spaces, group), each) for each in own]
+        assert len(blocks) == len(wanted) == len(keys) and deadline_ms > 0
+        contents = [native.store.get(key) for key in keys]
+        self._add(FakeJob(job, True, keys, list(blocks), contents, native.load_polls))
 
     def submit_save(
         self,
         job: bytes,
-        namespace: bytes,
-        parent: bytes,
+        spaces: bytes,
+        runs: list[tuple[int, bytes, int]],
         hashes: bytes,
         blocks: list[int],
         deadline_ms: int,
@@ -345,8 +378,12 @@ class FakeWorker:
         native.streams.append(("save", stream))
         if native.submit_error is not None:
             raise native.submit_error
-        assert len(parent) in (0, 32) and deadline_ms > 0
-        self._add(FakeJob(job, False, namespace, _split(hashes), list(blocks), [], native.save_polls))
+        keys: list[tuple[bytes, bytes]] = []
+        for group, parent, count in runs:
+            assert len(parent) in (0, 32) and count > 0
+            keys += [(_space(spaces, group), each) for each in _split(hashes)[len(keys) :][:count]]
+        assert len(keys) == len(blocks) and deadline_ms > 0
+        self._add(FakeJob(job, False, keys, list(blocks), [], native.save_polls))
 
     def _add(self, job: FakeJob) -> None:
         assert self.native.live, "a job while no memory is registered"
@@ -370,3 +407,7 @@ class FakeWorker:
 
 def _split(hashes: bytes) -> list[bytes]:
     return [hashes[offset : offset + 32] for offset in range(0, len(hashes), 32)]
+
+
+def _space(spaces: bytes, group: int) -> bytes:
+    return spaces[16 * group :][:16]

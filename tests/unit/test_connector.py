@@ -72,7 +72,7 @@ def test_registration_says_where_the_cache_lies(make: Any, native: FakeNative) -
     assert canary.intact(caches, LAYERS, told["canary_seed"])
     scheduler = make(KVConnectorRole.SCHEDULER)
     assert scheduler._scheduler is not None
-    assert native.options[0]["namespace"] == native.options[1]["namespace"]
+    assert native.options[0]["namespaces"] == native.options[1]["namespaces"]
     assert native.options[0]["engine_id"] != native.options[1]["engine_id"]  # two configs, two engines
 
 
@@ -245,7 +245,7 @@ def test_a_worker_that_refuses_fails_loads_and_stops_the_scheduler(
         engine.run()
         assert engine.outputs[f"r{index}"] == expected(tokens, 4)
     assert engine.half.refused is not None and len(engine.loads) == 1
-    assert engine.half.held == 0 and not native.unreleased()
+    assert engine.half.holds.held == 0 and not native.unreleased()
 
 
 def test_halves_that_disagree_about_the_model_run_uncached(native: FakeNative, tmp_path: Path) -> None:

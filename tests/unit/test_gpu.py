@@ -59,11 +59,11 @@ def registered(connector: Any) -> Any:
 
 
 def load(job: int = 1) -> LoadPlan:
-    return LoadPlan(job.to_bytes(16, "big"), "r", bytes(16), 0, bytes(16), bytes(32), [3], 1000)
+    return LoadPlan(job.to_bytes(16, "big"), "r", bytes(16), bytes(16), [(0, 0, 0, 1)], bytes(32), [3], 1000)
 
 
 def save(job: int = 2) -> SavePlan:
-    return SavePlan(job.to_bytes(16, "big"), bytes(16), b"", bytes(32), [4], 1000)
+    return SavePlan(job.to_bytes(16, "big"), bytes(16), [(0, b"", 1)], bytes(32), [4], 1000)
 
 
 # ---- what is served
@@ -74,7 +74,7 @@ def test_cuda_is_served(make: Any, native: FakeNative, gpu: FakeGpu, role: KVCon
     connector = make(role, extra={"launch": True})
     assert (connector._scheduler or connector._worker) is not None and support.platform_refusal() is None
     assert native.options[0]["socket"] == f"/nonexistent/gpu-{uuid(0)}.sock"
-    assert native.options[0]["namespace"]["backend"] == "CUDA/auto"
+    assert native.options[0]["namespaces"][0]["backend"] == "CUDA/auto"
     assert gpu.asked == [("platform", 0)], "named once, by NVML"
 
 
@@ -487,7 +487,7 @@ def test_blocks_that_are_not_split_stay_as_they_are(make: Any, native: FakeNativ
 def test_every_job_names_the_current_stream(make: Any, native: FakeNative, gpu: FakeGpu) -> None:
     connector = make()
     registered(connector)
-    native.leases[1] = (bytes(16), [bytes(32)], 0)
+    native.leases[1] = (bytes(16), [(0, [bytes(32)])], 0)
     gpu.current = 11
     connector.bind_connector_metadata(PillionMetadata([load()], [save()]))
     connector.start_load_kv(None)
@@ -515,7 +515,7 @@ def test_cpu_jobs_name_no_stream(make: Any, native: FakeNative, gpu: FakeGpu) ->
     gpu.kind = "cpu"
     connector = make()
     registered(connector)
-    native.leases[1] = (bytes(16), [bytes(32)], 0)
+    native.leases[1] = (bytes(16), [(0, [bytes(32)])], 0)
     connector.bind_connector_metadata(PillionMetadata([load()], [save()]))
     connector.start_load_kv(None)
     connector.wait_for_save()
@@ -581,7 +581,7 @@ def test_a_sleeping_engine_takes_no_jobs(make: Any, native: FakeNative) -> None:
     assert [(report.outcome, report.quiesced) for report in reports.values()] == [(FAILED, 1), (CANCELLED, 1)]
     assert not native.streams and not connector._worker._running
     connector.restore_kv_caches()
-    native.leases[1] = (bytes(16), [bytes(32)], 0)
+    native.leases[1] = (bytes(16), [(0, [bytes(32)])], 0)
     connector.bind_connector_metadata(PillionMetadata([load(3)], [save(4)]))
     connector.start_load_kv(None)
     connector.wait_for_save()
@@ -594,7 +594,7 @@ def test_jobs_in_flight_at_sleep_end(make: Any, native: FakeNative, logs: Any, a
     native.unregister_answer = answer
     connector = make()
     registered(connector)
-    native.leases[1] = (bytes(16), [bytes(32)], 0)
+    native.leases[1] = (bytes(16), [(0, [bytes(32)])], 0)
     connector.bind_connector_metadata(PillionMetadata([load()], [save()]))
     connector.start_load_kv(None)
     connector.wait_for_save()
@@ -686,9 +686,9 @@ def test_a_sleep_waits_for_jobs(native: FakeNative, gpu: FakeGpu, tmp_path: Path
     engine.add("a", prompt(100), max_tokens=40)
     for _ in range(3):
         engine.step()
-    assert engine.half.held > 0 and engine.scheduler.connector.has_pending_push_work()
+    assert engine.half.holds.held > 0 and engine.scheduler.connector.has_pending_push_work()
     engine.sleep()
-    assert engine.half.held == 0 and not native.jobs
+    assert engine.half.holds.held == 0 and not native.jobs
     engine.wake_up()
     engine.add("b", prompt(100))
     engine.run()

@@ -47,7 +47,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def fields(config: Any, **settings: Any) -> Any:
-    return identity.namespace_fields(config, make_kv_config(10), Settings(**settings))
+    return identity.namespaces(config, make_kv_config(10), Settings(**settings))[0]
 
 
 def test_equal_for_equal_engines_and_short(model: Any) -> None:

@@ -18,8 +18,8 @@ JOB = bytes(range(16))
 
 
 def test_round_trip() -> None:
-    load = LoadPlan(JOB, "req", b"l" * 16, 3, b"n" * 16, b"h" * 64, [7, 9], 2000)
-    save = SavePlan(JOB, b"n" * 16, b"", b"h" * 32, [4], 30_000)
+    load = LoadPlan(JOB, "req", b"l" * 16, b"n" * 32, [(0, 0, 3, 1), (1, 1, 0, 1)], b"h" * 64, [7, 9], 2000)
+    save = SavePlan(JOB, b"n" * 32, [(0, b"", 1)], b"h" * 32, [4], 30_000)
     meta = pickle.loads(pickle.dumps(PillionMetadata([load], [save], ["gone"])))
     assert (meta.loads, meta.saves, meta.ended) == ((load,), (save,), ("gone",))
     assert isinstance(meta.loads[0], LoadPlan)

@@ -91,7 +91,7 @@ def test_blocks_are_held_until_the_last_rank_has_quiesced(tmp_path: Path, overla
         engine.step()
         stuck.late_write([7] * BLOCK)  # long after everybody else has gone on
     assert engine.outputs["a"] == expected(tokens, 4)
-    assert engine.stats["load_failures"] == 1 and engine.half.held == 96 // BLOCK
+    assert engine.stats["load_failures"] == 1 and engine.half.holds.held == 96 // BLOCK
     stuck.quiesce_all()
     engine.run()
     engine.assert_clean()
@@ -143,46 +143,46 @@ def ranks(world: int, blocks: list[int]) -> tuple[Ranks, list[FakeNative], bytes
 def test_a_lease_is_granted_when_the_last_rank_has_granted() -> None:
     clients, natives, hashes = ranks(3, [8, 5, 6])
     natives[1].grant_after_polls = 2
-    ticket = clients.lease(hashes)
+    ticket = clients.lease([(0, hashes)])
     assert clients.lease_poll(ticket) is None and clients.lease_poll(ticket) is None
     answer = clients.lease_poll(ticket)
-    assert answer is not None and answer[0] == 5 and len(answer[1]) == 48
+    assert answer is not None and answer[0] == [5] and len(answer[1]) == 48
     for rank, native in enumerate(natives):
-        assert part(answer[1], rank) == native.leases[1][0]
-        assert len(native.leases[1][1]) == 5, "no more is leased than all have"
+        assert part(answer[1], rank, 3) == native.leases[1][0]
+        assert len(native.leases[1][1][0][1]) == 5, "no more is leased than all have"
     clients.release(ticket)
     clients.release(ticket)
     assert all(native.released == [1] for native in natives)
-    assert clients.lease_poll(ticket) == (0, b"")
+    assert clients.lease_poll(ticket) == ([], b"")
 
 
 def test_what_one_rank_does_not_have_is_not_asked_of_the_others() -> None:
     clients, natives, hashes = ranks(3, [8, 0, 6])
-    assert clients.lookup(hashes) == 0 and clients.lease(hashes) == 0
+    assert clients.lookup(0, hashes) == 0 and clients.lease([(0, hashes)]) == 0
     assert not any(native.leases for native in natives)
-    assert clients.absent(hashes) == list(range(8))
-    assert ranks(2, [8, 5])[0].absent(hashes) == [5, 6, 7]
+    assert clients.absent(0, hashes) == list(range(8))
+    assert ranks(2, [8, 5])[0].absent(0, hashes) == [5, 6, 7]
 
 
 def test_a_rank_that_refuses_ends_the_waiting_for_the_others() -> None:
     clients, natives, hashes = ranks(2, [8, 8])
     natives[0].grant_after_polls, natives[1].refuse_leases = 10**9, True
-    ticket = clients.lease(hashes)
-    assert clients.lease_poll(ticket) == (0, b"")
+    ticket = clients.lease([(0, hashes)])
+    assert clients.lease_poll(ticket) == ([], b"")
     clients.release(ticket)
     assert [native.released for native in natives] == [[1], [1]]
 
 
 def test_an_error_of_one_rank_keeps_nothing_of_the_others() -> None:
     clients, natives, hashes = ranks(2, [8, 8])
-    ticket = clients.lease(hashes)
+    ticket = clients.lease([(0, hashes)])
     natives[0].raise_in["release"] = RuntimeError("gone")
     with pytest.raises(RuntimeError):
         clients.release(ticket)
     assert natives[1].released == [1]
     assert clients.status() == "ready" and clients.ready()
     natives[1].attached = False
-    assert not clients.ready() and clients.namespace_id() is None
+    assert not clients.ready() and clients.namespace_ids() is None
     assert clients.status() == "connecting: nobody listens (rank 1)"
 
 
@@ -190,9 +190,9 @@ def test_a_lease_that_one_rank_cannot_ask_for_is_given_back_by_the_others() -> N
     clients, natives, hashes = ranks(3, [8, 8, 8])
     natives[1].raise_in["lease"] = RuntimeError("no thread")
     with pytest.raises(RuntimeError):
-        clients.lease(hashes)
+        clients.lease([(0, hashes)])
     assert [native.released for native in natives] == [[1], [], []]
 
 
 def test_one_rank_needs_no_parts() -> None:
-    assert part(b"x" * 16, 0) == b"x" * 16
+    assert part(b"x" * 16, 0, 1) == b"x" * 16

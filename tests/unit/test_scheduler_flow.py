@@ -222,7 +222,7 @@ def test_a_failed_load_is_recomputed_in_fresh_blocks_while_the_old_ones_stay_hel
         native.late_write(["late"] * BLOCK)  # the stuck sidecar writes after the deadline
     assert engine.outputs["a"] == expected(tokens, 4)
     assert engine.params["a"]["pillion"]["loaded_tokens"] == 0
-    assert engine.stats["load_failures"] == 1 and engine.half.held == 6
+    assert engine.stats["load_failures"] == 1 and engine.half.holds.held == 6
     assert engine.scheduler.has_requests(), "the idle engine keeps stepping while blocks are held"
     native.quiesce_all()
     engine.run()
@@ -253,7 +253,7 @@ def test_a_job_that_the_client_does_not_take_ends_once(
         engine.step()
     assert engine.outputs["a"] == expected(tokens, 4)
     # Only a ValueError proves that nothing will touch the blocks.
-    assert (engine.half.held == 0) == isinstance(error, ValueError)
+    assert (engine.half.holds.held == 0) == isinstance(error, ValueError)
 
 
 def test_an_outcome_that_is_never_told_ends_at_the_deadline(
@@ -389,7 +389,7 @@ def test_holds_are_capped(native: FakeNative, tmp_path: Path, overlap: bool) -> 
         engine.step()
     for index, tokens in enumerate(prompts):
         assert engine.outputs[f"r{index}"] == expected(tokens, 4)
-    assert engine.held_most == 10 and engine.half.held_max == 10
+    assert engine.held_most == 10 and engine.half.holds.limit == 10
     native.quiesce_all()
     engine.run()
     engine.assert_clean()
@@ -422,11 +422,11 @@ def test_pending_frees_count_young_holds_that_nobody_shares(
     engine = Engine(native, tmp_path / "model")
     engine.add("a", prompt(100))
     engine.step()
-    assert engine.half.held == 6
+    assert engine.half.holds.held == 6
     assert not engine.connector.has_pending_block_frees(), "the request uses its blocks itself"
     engine.abort("a")
     assert engine.connector.has_pending_block_frees()
-    monkeypatch.setattr("pillion.vllm.scheduler.FREES_SOON_S", -1.0)
+    monkeypatch.setattr("pillion.vllm.holds.FREES_SOON_S", -1.0)
     assert not engine.connector.has_pending_block_frees(), "overdue holds never count"
     native.quiesce_all()
     engine.run()
@@ -440,7 +440,7 @@ def test_lost_holds_do_not_keep_the_idle_engine_stepping_forever(native: FakeNat
     while "a" not in engine.reasons:
         engine.step()
     assert engine.connector.has_pending_push_work()
-    engine.half._spin_until = 0.0
+    engine.half.holds.spin_until = 0.0
     assert not engine.connector.has_pending_push_work()
 
 
@@ -533,7 +533,7 @@ def test_lora_requests_run_uncached(native: FakeNative, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["lease", "lease_poll", "lease_used", "release", "namespace_id", "absent", "ready", "poll"]
+    "method", ["lease", "lease_poll", "lease_used", "release", "namespace_ids", "absent", "ready", "poll"]
 )
 @pytest.mark.parametrize("error", [RuntimeError("broken"), BaseException("panic")], ids=["error", "panic"])
 def test_no_error_of_the_client_reaches_the_engine(

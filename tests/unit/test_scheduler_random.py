@@ -86,5 +86,5 @@ def test_outputs_never_change_and_nothing_leaks(
     engine.run(steps=100_000)
     for name, (tokens, count) in live.items():
         assert engine.outputs[name] == expected(tokens, count), name
-    assert engine.held_most <= engine.half.held_max
+    assert engine.held_most <= engine.half.holds.limit
     engine.assert_clean()

@@ -247,7 +247,7 @@ class Engine:
         self.in_flight.append(output)
         self.steps += 1
         if self.half is not None:
-            self.held_most = max(self.held_most, self.half.held)
+            self.held_most = max(self.held_most, self.half.holds.held)
         depth = 2 if self.overlap and output.total_num_scheduled_tokens > 0 else 1
         while len(self.in_flight) >= depth:
             self.process()
@@ -356,7 +356,7 @@ class Engine:
     def assert_clean(self) -> None:
         """Nothing leaked: blocks, holds, leases, requests."""
         assert not self.scheduler.requests
-        assert self.half.held == 0 and not self.half._jobs
+        assert self.half.holds.held == 0 and not self.half.holds.jobs
         assert self.pool.get_num_free_blocks() == self.free_at_start
         assert all(block.ref_cnt == 0 for block in self.pool.blocks if not block.is_null)
         for native in self.natives:

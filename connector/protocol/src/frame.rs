@@ -169,7 +169,7 @@ mod tests {
     fn strings_that_decode_to_gigabytes_are_refused() {
         // A vector of 40,000 offsets to one string of 60,000 bytes: a frame of 220 KB, 2.4 GB when decoded.
         let mut shared = planus::Builder::new();
-        let text = shared.create_string(&"x".repeat(60_000));
+        let text = shared.create_string("x".repeat(60_000));
         let keys = shared.create_vector::<planus::Offset<str>>(vec![text; 40_000]);
         let values = shared.create_vector::<planus::Offset<str>>(vec![text; 1]);
         let epoch = shared.create_vector::<u8>(vec![0u8; 16]);

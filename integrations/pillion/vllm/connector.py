@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from pillion.vllm import config, device, identity, support
+from pillion.vllm import adapters, config, device, identity, support
 from pillion.vllm import native as source
 from pillion.vllm.log import log_limited, log_once, logger, survivable
 from pillion.vllm.metadata import PillionMetadata
@@ -100,7 +100,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
         if reason is not None:
             return reason
         try:
-            fields = identity.namespace_fields(self._vllm_config, self._kv_cache_config, self._settings)
+            spaces = identity.namespaces(self._vllm_config, self._kv_cache_config, self._settings)
         except identity.UnknownModel as error:
             return str(error)
         world = self._vllm_config.parallel_config.tensor_parallel_size
@@ -110,7 +110,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             replicas = self._vllm_config.parallel_config.data_parallel_size
             if replicas > 1 and device.on_cuda():
                 return f"socket names one sidecar, and {replicas} replicas have GPUs of their own: expected {{device}} in it"
-        digest = sha256(repr(sorted(fields.items())).encode()).hexdigest()
+        digest = sha256(repr([sorted(fields.items()) for fields in spaces]).encode()).hexdigest()
         native = source.native()
         own = [support.tensor_parallel_rank(world)] if role == KVConnectorRole.WORKER else range(world)
         try:
@@ -118,7 +118,9 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
         except device.Unnamed as error:
             return str(error)
         options = {
-            rank: self._client_options(native, name, identity.of_rank(fields, rank, world), rank)
+            rank: self._client_options(
+                native, name, [identity.of_rank(fields, rank, world) for fields in spaces], rank
+            )
             for rank, name in names.items()
         }
         if role == KVConnectorRole.SCHEDULER:
@@ -135,10 +137,13 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
                 device=name,
                 locate=native.cuda_device if device.on_cuda() else None,
                 rank=rank,
+                world=world,
             )
         return None
 
-    def _client_options(self, native: Any, name: str, fields: dict[str, str], rank: int) -> dict[str, Any]:
+    def _client_options(
+        self, native: Any, name: str, spaces: list[dict[str, str]], rank: int
+    ) -> dict[str, Any]:
         """For the sidecar of one rank."""
         given = self._settings.socket
         given = given.replace("{rank}", str(rank)).replace("{device}", name) if given else None
@@ -154,13 +159,12 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             "socket": socket,
             "engine_id": str(self._kv_transfer_config.engine_id),
             "tenant": self._settings.tenant,
-            "namespace": fields,
+            "namespaces": spaces,
             "launch": launch,
         }
 
     def _start_scheduler(self, client: Any, digest: str) -> None:
         transfer = self._kv_transfer_config
-        spec = self._kv_cache_config.kv_cache_groups[0].kv_cache_spec
         recompute = transfer.kv_load_failure_policy == "recompute"
         loads = recompute and transfer.is_kv_consumer
         if transfer.is_kv_consumer and not recompute:
@@ -174,13 +178,13 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler = SchedulerHalf(
             client=client,
             settings=self._settings,
-            block_tokens=spec.block_size,
-            block_bytes=spec.page_size_bytes * len(self._kv_cache_config.kv_cache_tensors[0].layers),
+            hits=support.hits(self._vllm_config, self._kv_cache_config),
             num_blocks=self._kv_cache_config.num_blocks,
             loads=loads,
             saves=transfer.is_kv_producer,
             identity=digest,
             world_size=self._vllm_config.parallel_config.world_size,
+            adapters=adapters.Adapters(self._vllm_config) if self._vllm_config.lora_config else None,
         )
         if self._waits:
             wait_ready(client, min(self._settings.start_wait_ms, SCHEDULER_START_WAIT_MS), "scheduler")
@@ -375,19 +379,17 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler.update_connector_output(connector_output)
 
     @guarded(lambda *_args, **_kwargs: (False, None))
-    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays the blocks; tells what was loaded."""
         if self._scheduler is None:
             return False, None
         return self._scheduler.request_finished(request, block_ids)
 
-    def request_finished_all_groups(
-        self, request: Any, block_ids: tuple[list[int], ...]
-    ) -> tuple[bool, dict[str, Any] | None]:
-        """As `request_finished`; more than one group is refused at the start."""
-        result: tuple[bool, dict[str, Any] | None] = self.request_finished(
-            request, block_ids[0] if block_ids else []
-        )
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """The same where vLLM, or a connector around this one, knows one group only."""
+        result: tuple[bool, dict[str, Any] | None] = self.request_finished_all_groups(request, (block_ids,))
         return result
 
     def take_events(self) -> Iterable[Any]:

@@ -5,7 +5,8 @@ weights under the same path give another namespace as far as the samples can tel
 at least two places, small tensors and small files are read whole. Weights that differ only between the
 samples are not told apart; `model_id` in the shim's configuration replaces the fingerprint.
 
-Adapters (LoRA) are not in here: their requests are neither saved nor loaded (see the scheduler half).
+Each KV cache group is a namespace of its own. Adapters (LoRA) are not in here but in every block's key: see
+`adapters`.
 """
 
 import glob
@@ -38,31 +39,38 @@ class UnknownModel(Exception):
     """The weights cannot be found or read, so that the model has no fingerprint."""
 
 
-def namespace_fields(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> dict[str, str]:
-    """The namespace's readable form.
+def namespaces(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> list[dict[str, str]]:
+    """The readable form of each group's namespace.
 
     Raises `UnknownModel` where no `model_id` is given and no weights are found.
     """
-    from pillion.vllm.support import vllm_version
+    model = f"id:{settings.model_id}" if settings.model_id else "sha256:" + fingerprint(vllm_config)
+    return [_fields(vllm_config, group, model) for group in kv_cache_config.kv_cache_groups]
 
-    group = kv_cache_config.kv_cache_groups[0]
-    spec = group.kv_cache_spec
-    cache, model = vllm_config.cache_config, vllm_config.model_config
+
+def _fields(vllm_config: Any, group: Any, model: str) -> dict[str, str]:
+    from pillion.vllm.support import layer_spec, vllm_version
+
+    spec = layer_spec(group)
+    cache = vllm_config.cache_config
     major, minor = vllm_version() or (0, 0)
-    kind = type(spec).__name__
     names = sorted(group.layer_names)
     return {
         "format": FORMAT,
         "engine": f"vllm-{major}.{minor}",
-        "model": f"id:{settings.model_id}" if settings.model_id else "sha256:" + fingerprint(vllm_config),
-        "model_dtype": str(model.dtype),
-        "quantization": str(model.quantization),
-        "cache_dtype": f"{cache.cache_dtype}/{spec.dtype}",
-        "page": f"H{spec.num_heads} N{spec.num_states} C{spec.state_content_size_bytes} "
-        f"quant={getattr(spec, 'kv_quant_mode', None)}",
+        "model": model,
+        "model_dtype": str(vllm_config.model_config.dtype),
+        "quantization": str(vllm_config.model_config.quantization),
+        "cache_dtype": f"{cache.cache_dtype}/{_dtype(spec)}"
+        + (
+            f" but {','.join(map(str, skip))}"
+            if (skip := getattr(cache, "kv_cache_dtype_skip_layers", None))
+            else ""
+        ),
+        "page": _page(spec),
         "backend": backend(vllm_config, spec),
         "block_tokens": str(spec.block_size),
-        "group": f"{kind} window={getattr(spec, 'sliding_window', None)} "
+        "group": f"{type(spec).__name__} window={getattr(spec, 'sliding_window', None)} "
         f"chunk={getattr(spec, 'attention_chunk_size', None)} layers={len(names)} "
         f"sha256:{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:32]}",
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
@@ -70,6 +78,29 @@ def namespace_fields(vllm_config: Any, kv_cache_config: Any, settings: Settings)
         "drafter": "none",
         "shard": f"1/{vllm_config.parallel_config.tensor_parallel_size}",
     }
+
+
+def _is_state(spec: Any) -> bool:
+    return hasattr(spec, "mamba_type")
+
+
+def _dtype(spec: Any) -> str:
+    return ",".join(map(str, spec.dtypes)) if _is_state(spec) else str(spec.dtype)
+
+
+def _page(spec: Any) -> str:
+    if _is_state(spec):
+        # What the state is and where its parts lie: any change of either is another page.
+        kind = getattr(spec.mamba_type, "name", spec.mamba_type)
+        conv = os.environ.get("VLLM_SSM_CONV_STATE_LAYOUT", "default")
+        return (
+            f"{kind} {spec.shapes} {spec.mamba_cache_mode} conv={conv} "
+            f"replicated={getattr(spec, 'tp_replicated', False)}"
+        )
+    return (
+        f"H{spec.num_heads} N{spec.num_states} C{spec.state_content_size_bytes} "
+        f"quant={getattr(spec, 'kv_quant_mode', None)}"
+    )
 
 
 def of_rank(fields: dict[str, str], rank: int, world: int) -> dict[str, str]:
@@ -87,6 +118,8 @@ def backend(vllm_config: Any, spec: Any) -> str:
     if device.on_cuda():
         asked = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
         return f"CUDA/{getattr(asked, 'name', asked) or 'auto'}"
+    if _is_state(spec):
+        return "CPU/state"
     import torch
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 

@@ -9,24 +9,25 @@ NONE, DONE, FAILED, CANCELLED = 0, 1, 2, 3
 
 
 class LoadPlan(NamedTuple):
-    """A load for every rank: blocks `first`… of the lease go into `blocks`."""
+    """A load for every rank, of blocks of all groups."""
 
     job: bytes  # 16 bytes
     req_id: str
     lease: bytes  # 16 bytes for each rank, see `ranks.part`
-    first: int
-    namespace: bytes  # likewise
-    hashes: bytes  # 32 bytes a block
+    spaces: bytes  # 16 bytes for each rank's every group
+    runs: list[tuple[int, int, int, int]]  # (group, run of the lease, first block of it, blocks)
+    hashes: bytes  # 32 bytes a block, run after run
     blocks: list[int]
     deadline_ms: int
 
 
 class SavePlan(NamedTuple):
-    """A save for every rank of consecutive blocks of one prompt."""
+    """A save for every rank, of blocks of one request."""
 
     job: bytes
-    namespace: bytes  # 16 bytes for each rank
-    parent: bytes  # hash of the block before the first one, b"" at the start of a prompt
+    spaces: bytes  # 16 bytes for each rank's every group
+    # (group, hash of the block before the first one or b"" at the start of a prompt, consecutive blocks)
+    runs: list[tuple[int, bytes, int]]
     hashes: bytes
     blocks: list[int]
     deadline_ms: int

@@ -1,7 +1,7 @@
 """The scheduler's clients of all ranks' sidecars, used as if they were one.
 
-A block counts only if every rank has its part of it: a hit is the smallest of the ranks' hits, a block is absent
-if any rank lacks it, and a lease is granted once all have granted. One slow, dead or refusing rank is a miss
+A block counts only if every rank has its part of it: a hit is what all ranks have, a block is absent if any rank
+lacks it, and a lease is granted once all have granted. One slow, dead or refusing rank is a miss
 for all. What travels to the workers (leases, namespaces) is the ranks' ids one after the other; each takes its
 own (`part`).
 """
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 HASH_BYTES = 32
-ID_BYTES = 16
 
 
-def part(ids: bytes, rank: int) -> bytes:
-    """A rank's own 16 bytes of what the scheduler's half sent to all."""
-    return ids if len(ids) == ID_BYTES else ids[rank * ID_BYTES :][:ID_BYTES]
+def part(ids: bytes, rank: int, world: int) -> bytes:
+    """A rank's own share of what the scheduler's half sent to all: its lease, or the ids of its groups."""
+    size = len(ids) // world
+    return ids[rank * size :][:size]
 
 
 class Ranks:
@@ -25,7 +25,7 @@ class Ranks:
     def __init__(self, clients: Sequence[Any]) -> None:
         self.clients = list(clients)
         self._tickets: dict[int, list[int]] = {}
-        self._answers: dict[int, list[tuple[int, bytes] | None]] = {}
+        self._answers: dict[int, list[tuple[list[int], bytes] | None]] = {}
         self._minted = 0
 
     def ready(self) -> bool:
@@ -40,36 +40,51 @@ class Ranks:
                 return text if text.startswith("refused") else f"{text} (rank {rank})"
         return "ready"
 
-    def namespace_id(self) -> bytes | None:
-        """All ranks' ids; None while one has none."""
-        ids = [client.namespace_id() for client in self.clients]
+    def namespace_ids(self) -> bytes | None:
+        """All ranks' ids of all groups; None while one has none."""
+        ids = [client.namespace_ids() for client in self.clients]
         return None if None in ids else b"".join(ids)
 
-    def lookup(self, hashes: bytes) -> int:
+    def lookup(self, group: int, hashes: bytes) -> int:
         """Leading blocks that all ranks have."""
         count = len(hashes) // HASH_BYTES
         for client in self.clients:
             if not count:
                 break
-            count = min(count, client.lookup(hashes[: count * HASH_BYTES]))
+            count = min(count, client.lookup(group, hashes[: count * HASH_BYTES]))
         return count
 
-    def absent(self, hashes: bytes) -> list[int]:
+    def present(self, group: int, hashes: bytes) -> bytes:
+        """One byte per block, 1 where all ranks have it."""
+        count = len(hashes) // HASH_BYTES
+        everywhere = int.from_bytes(b"\1" * count, "big")
+        for client in self.clients:
+            own = client.present(group, hashes)
+            everywhere &= int.from_bytes(own, "big") if len(own) == count else 0
+            if not everywhere:
+                break
+        return everywhere.to_bytes(count, "big")
+
+    def absent(self, group: int, hashes: bytes) -> list[int]:
         """Indices of blocks that some rank lacks."""
         missing: set[int] = set()
         for client in self.clients:
-            missing.update(client.absent(hashes))
+            missing.update(client.absent(group, hashes))
         return sorted(missing)
 
-    def lease(self, hashes: bytes) -> int:
-        """Asks every rank for what all of them seem to have; 0 where that is nothing."""
-        count = self.lookup(hashes)
+    def lease(self, runs: Sequence[tuple[int, bytes]]) -> int:
+        """Asks every rank for the same; 0 where one has nothing to ask.
+
+        Of a single run that may end early, only for what all of them seem to have.
+        """
+        if len(runs) == 1:
+            group, hashes = runs[0]
+            runs = [(group, hashes[: self.lookup(group, hashes) * HASH_BYTES])]
         tickets: list[int] = []
-        if count:
-            asked = hashes[: count * HASH_BYTES]
+        if all(hashes for _, hashes in runs):
             try:
                 for client in self.clients:
-                    ticket = client.lease(asked)
+                    ticket = client.lease(list(runs))
                     if not ticket:
                         break
                     tickets.append(ticket)
@@ -84,23 +99,25 @@ class Ranks:
         self._answers[self._minted] = [None] * len(tickets)
         return self._minted
 
-    def lease_poll(self, ticket: int, wait_us: int = 0) -> tuple[int, bytes] | None:
-        """(blocks that all ranks granted, their leases); None until the last has answered."""
+    def lease_poll(self, ticket: int, wait_us: int = 0) -> tuple[list[int], bytes] | None:
+        """(blocks of each run that all ranks granted, their leases); None until the last has answered."""
         tickets, answers = self._tickets.get(ticket), self._answers.get(ticket)
         if tickets is None or answers is None:
-            return 0, b""
+            return [], b""
         until = time.monotonic() + wait_us / 1e6
         for rank, client in enumerate(self.clients):
             if answers[rank] is None:
                 left_us = max(0, int((until - time.monotonic()) * 1e6)) if wait_us else 0
                 answers[rank] = client.lease_poll(tickets[rank], left_us)
         known = [answer for answer in answers if answer is not None]
-        blocks = min((answer[0] for answer in known), default=0)
-        if known and blocks == 0:
-            return 0, b""  # whatever the others say
+        # A rank that granted nothing may say so with no counts at all.
+        runs = min((len(granted) for granted, _ in known), default=0)
+        blocks = [min(granted[run] for granted, _ in known) for run in range(runs)]
+        if known and not any(blocks):
+            return [], b""  # whatever the others say
         if len(known) < len(answers):
             return None
-        return blocks, b"".join(answer[1] for answer in known)
+        return blocks, b"".join(lease for _, lease in known)
 
     def release(self, ticket: int) -> None:
         """Idempotent. Every rank's lease is given back, whatever the others do."""

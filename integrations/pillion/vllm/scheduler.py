@@ -1,24 +1,23 @@
 """The scheduler's half: what is promised, what is planned, and which blocks are held (I3, I5, I8).
 
-One owner of all state, no thread and no lock: vLLM calls everything here from the scheduler's main thread.
-
-A *hold* is an extra reference in vLLM's block pool on the blocks of a job, taken when the job is planned and
-dropped when every rank said that nothing touches the blocks any more. It is what keeps a late write out of
-reused memory, whatever becomes of the request.
+One owner of all state, no thread and no lock: vLLM calls everything here from the scheduler's main thread. What a hit
+needs of each KV cache group is in `hits`, what is saved in `saves`, and the extra references on blocks in `holds`.
 """
 
-import heapq
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from pillion.vllm.adapters import Adapters
 from pillion.vllm.config import Settings
+from pillion.vllm.hits import Hits
+from pillion.vllm.holds import Holds, Job
 from pillion.vllm.log import log_limited, log_once, survivable
-from pillion.vllm.metadata import DONE, LoadPlan, PillionMetadata, PillionWorkerMetadata, SavePlan
+from pillion.vllm.metadata import LoadPlan, PillionMetadata, PillionWorkerMetadata
+from pillion.vllm.request import Req
+from pillion.vllm.saves import Saves
 from pillion.vllm.stats import PillionStats
 
 DIGEST = 32
@@ -26,63 +25,9 @@ DIGEST = 32
 LEASE_FRESH_S = 20.0
 # All waiting for grants inside one scheduling step: many requests may be asked about in one.
 STEP_WAIT_US = 800
-# A hold this young is about to end by itself, so that the scheduler rather waits than preempts a request.
-FREES_SOON_S = 0.1
-# How long after a job's deadline the idle engine keeps stepping to see its blocks come back.
-SPIN_AFTER_DEADLINE_S = 60.0
+# One lease, and another one where the first was granted in part, or for fewer blocks than may be held.
+ASKS = 2
 ENDED_LOADS_KEPT = 1024
-
-
-class Req:
-    """What is known about a live request."""
-
-    __slots__ = (
-        "asked_at",
-        "attempted",
-        "due",
-        "first_poll",
-        "granted",
-        "lease",
-        "loaded_tokens",
-        "loading",
-        "no_save",
-        "promised",
-        "request",
-        "saved",
-        "ticket",
-    )
-
-    def __init__(self, request: Any) -> None:
-        self.request = request
-        self.ticket = 0  # of a lease that no job uses yet
-        self.asked_at = 0.0
-        self.first_poll = 0.0
-        self.granted = -1  # blocks granted; -1 while there is no answer
-        self.lease = b""
-        self.promised: tuple[int, int] | None = None  # (first block, blocks) of the last answer
-        self.attempted = False  # one load attempt per request, ever
-        self.loading: bytes | None = None  # job id
-        self.loaded_tokens = 0
-        self.saved = 0  # blocks of the prompt that are stored or on their way
-        self.no_save = False
-        self.due = -1  # step in which its next block can be full, at the earliest
-
-
-@dataclass
-class Job:
-    """A planned load or save, from plan to quiesced on all ranks."""
-
-    load: bool
-    req_id: str
-    blocks: list[Any]  # vLLM's KVCacheBlock objects, held
-    hashes: list[bytes]
-    ticket: int
-    planned: float
-    deadline: float
-    outcomes: int = 0
-    failed: bool = False
-    quiesced: int = 0
-    stored: int = -1
 
 
 class SchedulerHalf:
@@ -93,48 +38,49 @@ class SchedulerHalf:
         *,
         client: Any,
         settings: Settings,
-        block_tokens: int,
-        block_bytes: int,
+        hits: Hits,
         num_blocks: int,
         loads: bool,
         saves: bool,
         identity: str,
         world_size: int = 1,
+        adapters: Adapters | None = None,
     ) -> None:
         self.client = client
         self.settings = settings
         self.stats = PillionStats()
         self.refused: str | None = None
-        self.held = 0
+        self.holds = Holds(num_blocks, settings.max_hold_fraction)
         self._promised_blocks = 0  # of requests whose load is promised and not planned yet
-        # Block 0 is vLLM's null block, which nobody can hold.
-        self.held_max = max(1, int((num_blocks - 1) * settings.max_hold_fraction))
-        self._bs = block_tokens
-        self._block_bytes = block_bytes
-        self._loads, self._saves = loads, saves
+        self._hits = hits
+        self._saves: Saves | None = None
+        if saves:
+            self._saves = Saves(
+                client=client,
+                hits=hits,
+                holds=self.holds,
+                stats=self.stats,
+                deadline_ms=settings.save_deadline_ms,
+            )
+        self._loads = loads
         self._identity = identity
         self._world = world_size
-        self._pool: Any = None
+        self._adapters = adapters
         self._reqs: dict[str, Req] = {}
-        self._jobs: dict[bytes, Job] = {}
         self._open_loads: dict[str, bytes | None] = {}  # request ids that vLLM waits for -> job
         self._ended_loads: deque[str] = deque(maxlen=ENDED_LOADS_KEPT)
         self._to_load: list[LoadPlan] = []
-        self._to_save: list[SavePlan] = []
         self._to_end: list[str] = []
-        self._in_flight: set[bytes] = set()  # hashes that a save of this epoch carries
-        self._due: list[tuple[int, str]] = []
-        self._tick = 0
         self._wait_left_us = STEP_WAIT_US
-        self._spin_until = 0.0
-        self._prefix = os.urandom(8)
-        self._minted = 0
 
     # ---- attach and detach
 
     def bind(self, block_pool: Any) -> None:
         """Takes vLLM's block pool; without it nothing can be held, so nothing is loaded or saved."""
-        self._pool = block_pool
+        hashed = getattr(block_pool, "hash_block_size", self._hits.hash_tokens)
+        if hashed != self._hits.hash_tokens:
+            self.refuse(f"block hashes cover {hashed} tokens, expected {self._hits.hash_tokens}")
+        self.holds.pool = block_pool
 
     def refuse(self, reason: str) -> None:
         """Runs uncached from now on. Jobs that are under way still end."""
@@ -144,39 +90,49 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """Ends the client's thread; holds stay as they are, the engine is going away."""
+        if self._adapters is not None:
+            self._adapters.close()
         self.client.close()
 
     # ---- lookup
 
     def on_new_request(self, request: Any) -> None:
-        """Asks for a lease over all full blocks of the prompt that a load could use."""
-        if self.refused is not None or self._pool is None:
+        """Asks for a lease over all blocks that a load could use."""
+        if self.refused is not None or self.holds.pool is None:
             return
-        state = Req(request)
+        state = Req(request, len(self._hits.groups))
         self._reqs[request.request_id] = state
         hashes = request.block_hashes
         if hashes and len(hashes[0]) != DIGEST:
             self.refuse(f"block hashes have {len(hashes[0])} bytes, expected {DIGEST}")
             return
-        if getattr(request, "lora_request", None) is not None:
-            # vLLM's hash names an adapter by name and path, not by its weights: other weights under the
-            # same path would hit.
-            log_once(logging.WARNING, "lora", "requests with LoRA adapters run uncached")
-            state.no_save = state.attempted = True
-            return
+        lora = getattr(request, "lora_request", None)
+        if lora is not None:
+            state.adapter = self._adapters.fingerprint(lora) if self._adapters is not None else None
+            if state.adapter is None:
+                state.no_save = state.attempted = True
+                return
         if not self._loads or getattr(request, "skip_reading_prefix_cache", False):
             state.attempted = True
             return
         self._ask(state)
 
-    def _ask(self, state: Req) -> None:
-        hashes = state.request.block_hashes
-        # One token is always left to compute, so that a block that others may share is never rewritten.
-        usable = min((state.request.num_tokens - 1) // self._bs, len(hashes))
-        state.granted = 0
-        state.ticket = self.client.lease(b"".join(hashes[:usable])) if usable > 0 else 0
+    def _ask(self, state: Req, limit: int | None = None) -> None:
+        """Asks for a lease on the longest hit that the tables promise."""
+        hits, keys = self._hits, state.keys()
+        tokens = hits.usable(state.request.num_tokens, len(keys))
+        if limit is not None:
+            tokens = min(tokens, limit)
+        state.asks += 1
+        state.hit = 0
+        if tokens > 0 and not hits.prefix_only:
+            tokens = hits.longest(self.client, keys, tokens, state.lacking)
+        if tokens > 0:
+            state.runs = hits.runs(tokens)
+            wanted = [(index, hits.joined(keys, index, first, end)) for index, first, end in state.runs]
+            state.ticket = self.client.lease(wanted)
         state.asked_at = time.monotonic()
-        state.granted = -1 if state.ticket else 0
+        state.hit = -1 if state.ticket else 0
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond `num_computed_tokens` that are granted; (None, False) while that is not known yet."""
@@ -189,54 +145,84 @@ class SchedulerHalf:
             self.stats.add("lookups")
         if state.ticket and now - state.asked_at > LEASE_FRESH_S:
             self._release(state)
+            state.asks = 0
+            state.lacking.clear()
             self._ask(state)
             state.first_poll = now
-        if state.granted < 0 and not self._poll(state, now):
+        if state.hit < 0 and not self._poll(state, now):
             return None, False
         return self._promise(state, num_computed_tokens, now)
 
     def _poll(self, state: Req, now: float) -> bool:
         """Whether the answer about the lease is there (or given up)."""
         wait_us = 0
-        if now == state.first_poll and self._wait_left_us > 0:
+        if state.polled != state.ticket and self._wait_left_us > 0:
             wait_us = min(self.settings.lookup_wait_us, self._wait_left_us)
+        state.polled = state.ticket
+        begin = time.monotonic() if wait_us else now
         answer = self.client.lease_poll(state.ticket, wait_us)
         if wait_us:
-            self._wait_left_us -= min(wait_us, int((time.monotonic() - now) * 1e6))
+            self._wait_left_us -= min(wait_us, int((time.monotonic() - begin) * 1e6))
         if answer is not None:
-            state.granted, state.lease = answer
-            return True
+            granted, state.lease = answer
+            return self._granted(state, granted)
         if now - state.first_poll < self.settings.lookup_deadline_ms / 1000:
             return False
         self.stats.add("lookup_timeouts")
-        state.granted = 0
+        state.hit = 0
         return True
 
+    def _granted(self, state: Req, granted: Sequence[int]) -> bool:
+        """Makes a hit of what was granted; False where another lease has been asked for."""
+        hits = self._hits
+        if hits.prefix_only:
+            state.hit = granted[0] * hits.align if granted else 0
+            return True
+        index, _, end = state.runs[0]
+        short = hits.lacked(state.runs, granted)
+        if len(granted) == len(state.runs) and not short:
+            state.hit = end * hits.groups[index].block_tokens
+            return True
+        # A shorter hit needs other blocks of the windows and other states.
+        self._release(state)
+        state.hit = 0
+        if any(granted) and state.asks < ASKS:
+            state.lacking |= short
+            self._ask(state)
+        return state.hit >= 0
+
     def _promise(self, state: Req, num_computed_tokens: int, now: float) -> tuple[int | None, bool]:
-        first = num_computed_tokens // self._bs
-        usable = state.granted - first
+        hits, local, hit = self._hits, num_computed_tokens, state.hit
         self._set_promise(state, None)
-        if usable <= 0:
+        if hit <= local:
             # Blocks that the engine holds itself may be evicted before the request is admitted, and then
             # the rest of the lease counts again: it is given back once the request runs.
             return 0, False
-        room = self.held_max - self.held - self._promised_blocks
-        if room < usable:
+        room = self.holds.limit - self.holds.held - self._promised_blocks
+        blocks = hits.blocks(hit, local)
+        if room < blocks:
             waited = now - state.first_poll
-            if self.held and waited < self.settings.lookup_deadline_ms / 1000:
+            if self.holds.held and waited < self.settings.lookup_deadline_ms / 1000:
                 return None, False
             self.stats.add("held_skips")
-            usable = room
-        if usable <= 0:
+            hit = hits.shorter(hit, local, room)
+            if hit > local and not hits.prefix_only:
+                if state.asks < ASKS:
+                    self._release(state)
+                    self._ask(state, hit)
+                    return None, False
+                hit = local
+            blocks = hits.blocks(hit, local) if hit > local else 0
+        if hit <= local:
             self._give_up(state)
             return 0, False
-        self._set_promise(state, (first, usable))
-        return usable * self._bs, True
+        self._set_promise(state, (local, hit, blocks))
+        return hit - local, True
 
-    def _set_promise(self, state: Req, promise: tuple[int, int] | None) -> None:
+    def _set_promise(self, state: Req, promise: tuple[int, int, int] | None) -> None:
         """Keeps the sum of all promises, so that together with the holds they stay below the limit."""
-        before = state.promised[1] if state.promised else 0
-        self._promised_blocks += (promise[1] if promise else 0) - before
+        before = state.promised[2] if state.promised else 0
+        self._promised_blocks += (promise[2] if promise else 0) - before
         state.promised = promise
 
     def _give_up(self, state: Req) -> None:
@@ -273,34 +259,46 @@ class SchedulerHalf:
         if state is None or not state.ticket or state.promised is None or self.refused is not None:
             self._lose(request, f"{num_external_tokens} external tokens are not promised any more")
             return
-        first, promised = state.promised
-        count, rest = divmod(num_external_tokens, self._bs)
-        namespace = self.client.namespace_id()
-        ids = blocks.get_block_ids()[0][first : first + count]
-        if rest or count > promised or len(ids) != count or 0 in ids:
-            self._lose(request, f"expected {promised} blocks from block {first} on, got {count} as {ids}")
-        elif namespace is None:
+        local, hit, _ = state.promised
+        tokens, hits = local + num_external_tokens, self._hits
+        # A shorter hit needs other blocks than were granted, unless all that it needs is a prefix.
+        fits = tokens == hit or (hits.prefix_only and tokens < hit and tokens % hits.align == 0)
+        table = blocks.get_block_ids()
+        missing = hits.missing(tokens, local) if fits else []
+        ids = [table[index][first:end] for index, first, end in missing]
+        spaces = self.client.namespace_ids()
+        if not missing or any(
+            len(own) != end - first or 0 in own for own, (_, first, end) in zip(ids, missing, strict=True)
+        ):
+            self._lose(
+                request, f"expected blocks for the tokens {local} to {hit}, got {num_external_tokens}: {ids}"
+            )
+        elif spaces is None:
             self._lose(request, "the sidecar went away between grant and load")
         else:
-            self._plan_load(state, first, ids, namespace)
+            self._plan_load(state, tokens - local, missing, [block for own in ids for block in own], spaces)
 
     def _lose(self, request: Any, reason: str) -> None:
         log_limited(logging.WARNING, "lost", "a promised load is recomputed: %s", reason)
         self.fail_load(request.request_id)
 
-    def _plan_load(self, state: Req, first: int, ids: list[int], namespace: bytes) -> None:
-        request = state.request
-        deadline_ms = self.settings.load_deadline(len(ids) * self._block_bytes)
-        hashes = request.block_hashes[first : first + len(ids)]
+    def _plan_load(
+        self, state: Req, tokens: int, missing: list[tuple[int, int, int]], ids: list[int], spaces: bytes
+    ) -> None:
+        request, hits, keys = state.request, self._hits, state.keys()
+        size = sum((end - first) * hits.groups[index].block_bytes for index, first, end in missing)
+        deadline_ms = self.settings.load_deadline(size)
+        # The lease has one run for every group, in the groups' order.
+        runs = [(index, index, first - state.runs[index][1], end - first) for index, first, end in missing]
+        hashes = b"".join(hits.joined(keys, index, first, end) for index, first, end in missing)
         self.client.lease_used(state.ticket)
-        job = self._open_job(True, state, ids, hashes, deadline_ms)
+        job = Job(True, request.request_id, time.monotonic(), [], tokens=tokens, ticket=state.ticket)
+        job_id = self.holds.open(job, ids, deadline_ms)
         self._set_promise(state, None)
-        state.attempted, state.ticket, state.loading = True, 0, job
-        self._open_loads[request.request_id] = job
+        state.attempted, state.ticket, state.loading = True, 0, job_id
+        self._open_loads[request.request_id] = job_id
         self._to_load.append(
-            LoadPlan(
-                job, request.request_id, state.lease, first, namespace, b"".join(hashes), ids, deadline_ms
-            )
+            LoadPlan(job_id, request.request_id, state.lease, spaces, runs, hashes, ids, deadline_ms)
         )
         self.stats.add("hits")
 
@@ -314,28 +312,10 @@ class SchedulerHalf:
         if state is not None and state.loading is None:
             self._give_up(state)
 
-    def _open_job(
-        self, load: bool, state: Req, ids: Sequence[int], hashes: list[bytes], deadline_ms: int
-    ) -> bytes:
-        """Takes the hold and mints the job's id."""
-        blocks = [self._pool.blocks[block_id] for block_id in ids]
-        now = time.monotonic()
-        self._minted += 1
-        job = self._prefix + self._minted.to_bytes(8, "big")
-        deadline = now + deadline_ms / 1000
-        self._pool.touch(blocks)
-        self.held += len(blocks)
-        ticket = state.ticket if load else 0
-        self._jobs[job] = Job(load, state.request.request_id, blocks, list(hashes), ticket, now, deadline)
-        self._spin_until = max(self._spin_until, deadline + SPIN_AFTER_DEADLINE_S)
-        return job
-
     def _free(self, job_id: bytes) -> None:
-        """Drops a job's hold. The last blocks of a prompt come first: they are evicted first."""
-        job = self._jobs.pop(job_id)
-        self.held -= len(job.blocks)
-        self._in_flight.difference_update(job.hashes)
-        self._pool.free_blocks(reversed(job.blocks))
+        job = self.holds.free(job_id)
+        if self._saves is not None:
+            self._saves.ended(job)
         self._release_ticket(job.ticket)
 
     # ---- one step
@@ -343,107 +323,23 @@ class SchedulerHalf:
     def build_connector_meta(self, output: Any) -> PillionMetadata:
         """This step's jobs. Saves are planned here, for blocks that are full when the step has run."""
         self._wait_left_us = STEP_WAIT_US
-        if output.num_scheduled_tokens and self._saves and self.refused is None and self._pool is not None:
+        saves = self._saves
+        if output.num_scheduled_tokens and saves and self.refused is None and self.holds.pool is not None:
             try:
-                self._plan_saves(output)
+                saves.plan(output, self._reqs)
             except BaseException as error:  # loads that are planned must go out whatever happens here
                 if not survivable(error):
                     raise
                 self.stats.add("errors")
                 log_limited(logging.ERROR, "plan_saves", "planning saves failed", exc_info=True)
-        if not (self._to_load or self._to_save or self._to_end):
+        to_save = saves.planned if saves is not None else []
+        if not (self._to_load or to_save or self._to_end):
             return PillionMetadata()
-        meta = PillionMetadata(self._to_load, self._to_save, self._to_end)
-        self._to_load, self._to_save, self._to_end = [], [], []
+        meta = PillionMetadata(self._to_load, to_save, self._to_end)
+        self._to_load, self._to_end = [], []
+        if saves is not None:
+            saves.planned = []
         return meta
-
-    def _plan_saves(self, output: Any) -> None:
-        """Looks only at requests that can have filled a block: a plain decode step costs one comparison.
-
-        A request that gets one token a step cannot fill its next block before as many steps as tokens are
-        missing, so it waits in a heap; whatever was scheduled with more tokens, is new, or comes back from
-        preemption is looked at.
-        """
-        self._tick += 1
-        scheduled = output.num_scheduled_tokens
-        look: list[str] = []
-        due = self._due
-        while due and due[0][0] <= self._tick:
-            tick, req_id = heapq.heappop(due)
-            state = self._reqs.get(req_id)
-            if state is not None and state.due == tick:
-                look.append(req_id)
-        if output.total_num_scheduled_tokens != len(scheduled):
-            look.extend(req_id for req_id, tokens in scheduled.items() if tokens > 1)
-        look.extend(new.req_id for new in output.scheduled_new_reqs)
-        look.extend(output.scheduled_cached_reqs.resumed_req_ids)
-        if not look:
-            return
-        ready = self.client.ready()
-        for req_id in dict.fromkeys(look):
-            if (state := self._reqs.get(req_id)) is None or state.no_save:
-                continue
-            if req_id not in scheduled and state.request.num_computed_tokens == 0:
-                continue  # preempted: looked at again when it is resumed
-            if not ready or req_id not in scheduled:
-                self._look_again(state, req_id, 1 if ready else 16)
-                continue
-            self._advance(state, req_id, scheduled[req_id], output.kv_connector_block_state)
-
-    def _look_again(self, state: Req, req_id: str, steps: int) -> None:
-        state.due = self._tick + steps
-        heapq.heappush(self._due, (state.due, req_id))
-
-    def _advance(self, state: Req, req_id: str, tokens: int, tables: Any) -> None:
-        request = state.request
-        computed = request.num_computed_tokens + tokens
-        full = min(computed // self._bs, len(request.block_hashes))
-        complete = True
-        if full > state.saved:
-            table = tables.get_block_ids(req_id)
-            complete = table is not None and self._save(state, table[0], full)
-        if not complete:
-            self._look_again(state, req_id, 8)
-        else:
-            # With asynchronous scheduling a block's hash is known a step after its last token is scheduled.
-            self._look_again(state, req_id, max(1, (full + 1) * self._bs - computed))
-
-    def _save(self, state: Req, table: Sequence[int], full: int) -> bool:
-        """Plans saves of the blocks up to `full` that the sidecar lacks; False where some had to wait."""
-        namespace = self.client.namespace_id()
-        if namespace is None:
-            return False
-        hashes = state.request.block_hashes
-        start, full = state.saved, min(full, len(table))
-        missing = self.client.absent(b"".join(hashes[start:full]))
-        run: list[int] = []
-        for index in (start + offset for offset in missing):
-            if hashes[index] in self._in_flight or table[index] == 0:
-                continue
-            if run and index != run[-1] + 1:
-                self._plan_save(state, table, run, namespace)
-                run = []
-            if self.held + len(run) >= self.held_max:
-                self.stats.add("held_skips")
-                if run:
-                    self._plan_save(state, table, run, namespace)
-                state.saved = index
-                return False
-            run.append(index)
-        if run:
-            self._plan_save(state, table, run, namespace)
-        state.saved = full
-        return True
-
-    def _plan_save(self, state: Req, table: Sequence[int], run: list[int], namespace: bytes) -> None:
-        first, last = run[0], run[-1] + 1
-        hashes = state.request.block_hashes[first:last]
-        ids = list(table[first:last])
-        parent = bytes(state.request.block_hashes[first - 1]) if first else b""
-        deadline_ms = self.settings.save_deadline_ms
-        job = self._open_job(False, state, ids, hashes, deadline_ms)
-        self._in_flight.update(hashes)
-        self._to_save.append(SavePlan(job, namespace, parent, b"".join(hashes), ids, deadline_ms))
 
     # ---- what workers report
 
@@ -461,16 +357,12 @@ class SchedulerHalf:
             self._filter_finished(output)
 
     def _report(self, job_id: bytes, report: Any) -> None:
-        job = self._jobs.get(job_id)
+        job = self.holds.jobs.get(job_id)
         if job is None:
             return
-        if report.outcomes:
-            job.outcomes += report.outcomes
-            job.failed |= report.outcome != DONE
-            job.stored = report.blocks if job.stored < 0 else min(job.stored, report.blocks)
-            if job.outcomes == self._world:
-                self._end(job_id, job)
-        job.quiesced += report.quiesced
+        job.report(report)
+        if report.outcomes and job.outcomes == self._world:
+            self._end(job_id, job)
         if job.quiesced >= self._world:
             self._free(job_id)
 
@@ -486,11 +378,10 @@ class SchedulerHalf:
         if job.failed:
             self.stats.add("load_failures")
             return
-        tokens = len(job.blocks) * self._bs
         self.stats.add("loads")
-        self.stats.add("loaded_tokens", tokens)
+        self.stats.add("loaded_tokens", job.tokens)
         if state is not None:
-            state.loaded_tokens = tokens
+            state.loaded_tokens = job.tokens
 
     def _filter_finished(self, output: Any) -> None:
         """Drops repeated reports of loads of ours: vLLM asserts that it still waits for each id it gets."""
@@ -504,7 +395,9 @@ class SchedulerHalf:
 
     # ---- the end of a request
 
-    def request_finished(self, request: Any, block_ids: Sequence[int]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(
+        self, request: Any, block_ids: Sequence[Sequence[int]]
+    ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays: jobs hold their blocks themselves. Tells how many tokens were loaded."""
         state = self._reqs.pop(request.request_id, None)
         if state is None:
@@ -514,20 +407,11 @@ class SchedulerHalf:
         self._set_promise(state, None)
         try:
             self._cancel_unsent(state)
-            if not unproven:
-                self._save_rest(state, block_ids)
+            if self._saves is not None and self.refused is None and not unproven:
+                self._saves.rest(state, block_ids)
         finally:
             self._release(state)
         return False, params
-
-    def _save_rest(self, state: Req, block_ids: Sequence[int]) -> None:
-        """Blocks whose hash came to be known only now (asynchronous scheduling)."""
-        if state.no_save or not self._saves or self.refused is not None:
-            return
-        request = state.request
-        full = min(request.num_computed_tokens // self._bs, len(request.block_hashes), len(block_ids))
-        if full > state.saved and self.client.ready():
-            self._save(state, block_ids, full)
 
     def _cancel_unsent(self, state: Req) -> None:
         """A load that no worker was told about: nothing writes its blocks, but vLLM waits for its end."""
@@ -543,17 +427,13 @@ class SchedulerHalf:
 
     def has_pending_push_work(self) -> bool:
         """Whether the idle engine must keep stepping so that holds end."""
-        if self._to_save or self._to_end or self._to_load:
+        if self._to_end or self._to_load or (self._saves is not None and self._saves.planned):
             return True
-        return bool(self._jobs) and time.monotonic() < self._spin_until
+        return self.holds.spinning()
 
     def has_pending_block_frees(self) -> bool:
         """Whether waiting a moment frees blocks: young holds on blocks that nobody else uses."""
-        young = time.monotonic() - FREES_SOON_S
-        return any(
-            job.planned > young and any(block.ref_cnt == 1 for block in job.blocks)
-            for job in self._jobs.values()
-        )
+        return self.holds.frees_soon()
 
     def reset_cache(self) -> bool | None:
         """Starts a new epoch: nothing that was saved before is seen again.
@@ -563,8 +443,9 @@ class SchedulerHalf:
         # First: whatever happens then, what they have is of the old epoch.
         for state in self._reqs.values():
             state.no_save = True
-            state.granted = 0
+            state.hit = 0
             self._release(state)
-        self._in_flight.clear()
+        if self._saves is not None:
+            self._saves.new_epoch()
         self.client.new_epoch()
         return True

@@ -5,9 +5,10 @@ so that they decide alike.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from pillion.vllm import device
+from pillion.vllm.hits import FULL, STATE, WINDOW, Group, Hits
 
 FIRST_VERSION = (0, 30)
 LAST_VERSION = (0, 33)
@@ -151,13 +152,16 @@ def _hashes(vllm_config: Any, kv_cache_config: Any) -> str | None:
         )
     if not cache.enable_prefix_caching:
         return "prefix caching is off: vLLM then promises nothing about the KV of equal prefixes"
-    hash_block = getattr(kv_cache_config, "hash_block_size", None)
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
     groups = kv_cache_config.kv_cache_groups
-    if hash_block is not None and groups and hash_block != groups[0].kv_cache_spec.block_size:
-        return (
-            f"block hashes cover {hash_block} tokens and blocks {groups[0].kv_cache_spec.block_size}: "
-            "expected the same"
-        )
+    _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    told = getattr(kv_cache_config, "hash_block_size", None)
+    if told not in (None, hash_tokens):
+        return f"block hashes cover {told} tokens, expected {hash_tokens}"
+    for group in groups:
+        if group.kv_cache_spec.block_size % hash_tokens:
+            return f"block hashes cover {hash_tokens} tokens and blocks {group.kv_cache_spec.block_size}: expected a divisor"
     return None
 
 
@@ -179,33 +183,134 @@ def _model(vllm_config: Any, _kv: Any) -> str | None:
     return None
 
 
-def _groups(_vllm_config: Any, kv_cache_config: Any) -> str | None:
+def layer_spec(group: Any) -> Any:
+    """A group's KV cache spec. Where its layers' pages differ, the first layer's: all that the manager looks at is equal.
+
+    vLLM gives the scheduler that one anyway (`generate_scheduler_kv_cache_config`).
+    """
+    layers = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return next(iter(layers.values())) if layers else group.kv_cache_spec
+
+
+def kind_of(spec: Any) -> int | None:
+    """How vLLM's manager of this spec treats blocks; None for what is not served.
+
+    By the class's very name: subclasses (`RSWASpec`, `SinkFullAttentionSpec`, `HiddenStateCacheSpec`, …) have
+    managers of their own, or say something else about their blocks.
+    """
+    return _KINDS.get(type(spec).__name__)
+
+
+_KINDS = {
+    "FullAttentionSpec": FULL,
+    "MLAAttentionSpec": FULL,
+    "SlidingWindowSpec": WINDOW,
+    "MambaSpec": STATE,
+}
+
+
+def _groups(vllm_config: Any, kv_cache_config: Any) -> str | None:
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        return f"{len(groups)} KV cache groups (hybrid model): one is served yet"
-    group = groups[0]
-    kind = type(group.kv_cache_spec).__name__
-    if kind != "FullAttentionSpec":
-        return f"KV cache spec {kind}: FullAttentionSpec is served yet"
-    if getattr(group.kv_cache_spec, "non_causal", False):
-        return "the model attends non-causally: a prefix's KV depends on what follows"
+    if not groups:
+        return "the model has no KV cache"
+    for number, group in enumerate(groups):
+        if (reason := _group(vllm_config, group)) is not None:
+            return f"KV cache group {number}: {reason}" if len(groups) > 1 else reason
+    return None
+
+
+def _group(vllm_config: Any, group: Any) -> str | None:
     if getattr(group, "is_eagle_group", False):
         return "a drafter's layers share the KV cache group: not served yet"
     if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
         return "the KV cache group is not transferable"
+    if getattr(getattr(group, "role", None), "value", "default") != "default":
+        return f"the KV cache group is {group.role.value}: not served yet"
+    specs = list(getattr(group.kv_cache_spec, "kv_cache_specs", {}).values()) or [group.kv_cache_spec]
+    for spec in specs:
+        if (reason := _spec(vllm_config, spec)) is not None:
+            return reason
     return None
 
 
+def _spec(vllm_config: Any, spec: Any) -> str | None:
+    kind, name = kind_of(spec), type(spec).__name__
+    if kind is None:
+        return f"KV cache spec {name}: expected one of {', '.join(_KINDS)}"
+    if not getattr(spec, "prefix_cacheable", True) or int(getattr(spec, "prefix_replay_tokens", 0)):
+        # Buffers that hits rebuild, in ways that differ by model.
+        return "the KV cache group is not prefix cacheable as it is"
+    if getattr(spec, "non_causal", False):
+        return "the model attends non-causally: a prefix's KV depends on what follows"
+    if getattr(spec, "attention_chunk_size", None):
+        # One manager for chunked layers and full ones, which do not need the same blocks.
+        return "chunked local attention: not served yet"
+    if kind == STATE:
+        return _state(vllm_config, spec)
+    if getattr(spec, "tokens_per_state", 1) != 1:
+        return f"{spec.tokens_per_state} tokens share a state of the KV cache: not served yet"
+    if kind == WINDOW and (spec.sliding_window < 2 or getattr(spec, "extra_retained_tokens", 0)):
+        return f"a sliding window of {spec.sliding_window} tokens with others behind it: not served yet"
+    return None
+
+
+def _state(vllm_config: Any, spec: Any) -> str | None:
+    cache = vllm_config.cache_config
+    if spec.mamba_cache_mode not in ("align", "all"):
+        return f"mamba_cache_mode {spec.mamba_cache_mode}: states of prefixes are not kept"
+    if vllm_config.speculative_config is not None or spec.num_speculative_blocks:
+        # Which block holds the state of the accepted tokens is known in the worker only, after the step.
+        return "speculative decoding with recurrent states: not served yet"
+    for name in ("use_replayssm", "use_kda_recoverssm"):
+        if getattr(cache, name, False):
+            return f"{name} keeps states that are not up to date"
+    return None
+
+
+def hits(vllm_config: Any, kv_cache_config: Any) -> Hits:
+    """What hits of this engine need; only for an engine that is not refused."""
+    from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+
+    _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = layer_spec(group)
+        size = spec.block_size
+        groups.append(
+            Group(
+                kind=cast(int, kind_of(spec)),
+                block_tokens=size,
+                hashes=size // hash_tokens,
+                window_blocks=_window(spec),
+                block_bytes=spec.page_size_bytes * len(group.layer_names),
+                dense_states=getattr(spec, "mamba_cache_mode", "") == "all",
+            )
+        )
+    return Hits(groups, hash_tokens)
+
+
+def _window(spec: Any) -> int:
+    """As `SlidingWindowManager._contiguous_blocks_for_hit`: the next token sees itself and window - 1 before it."""
+    if kind_of(spec) != WINDOW:
+        return 0
+    return -(-(int(spec.sliding_window) - 1) // int(spec.block_size))
+
+
 def _memory(_vllm_config: Any, kv_cache_config: Any) -> str | None:
-    tensors = kv_cache_config.kv_cache_tensors
+    """What cannot be registered yet."""
+    groups, tensors = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
+    if len(groups) != 1:
+        return f"{len(groups)} KV cache groups (hybrid model): one is served yet"
     if len(tensors) != 1:
         return f"{len(tensors)} KV cache tensors with different pages: one is served yet"
-    tensor, group = tensors[0], kv_cache_config.kv_cache_groups[0]
+    tensor, group = tensors[0], groups[0]
     if getattr(tensor, "host_resident", False):
         return "the KV cache lies in a host-resident pool"
     if sorted(tensor.layers) != sorted(group.layer_names):
         return "layers share KV with layers outside their tensor"
     spec = group.kv_cache_spec
+    if type(spec).__name__ != "FullAttentionSpec":
+        return f"KV cache spec {type(spec).__name__}: FullAttentionSpec is served yet"
     if spec.page_size_bytes != spec.num_heads * spec.num_states * spec.state_content_size_bytes:
         return "pages are padded: not served yet"
     return None

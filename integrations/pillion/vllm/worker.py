@@ -87,6 +87,7 @@ class WorkerHalf:
         device: str = devices.CPU,
         locate: Callable[[int], str] | None = None,  # device name of an address
         rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.client = client
         self.settings = settings
@@ -97,7 +98,7 @@ class WorkerHalf:
         self._identity: str | None = identity or None
         self._device = device
         self._locate = locate
-        self._rank = rank
+        self._rank, self._world = rank, world
         self._cuda = devices.CUDA if device.startswith("gpu-") else None
         self._caches: dict[str, Any] = {}  # layer -> [B, H, N, C], one row per block of the block manager
         self._registered = False
@@ -293,9 +294,9 @@ class WorkerHalf:
         try:
             self.client.submit_load(
                 plan.job,
-                part(plan.lease, self._rank),
-                plan.first,
-                part(plan.namespace, self._rank),
+                part(plan.lease, self._rank, self._world),
+                part(plan.spaces, self._rank, self._world),
+                plan.runs,
                 plan.hashes,
                 plan.blocks,
                 plan.deadline_ms,
@@ -334,8 +335,8 @@ class WorkerHalf:
         try:
             self.client.submit_save(
                 plan.job,
-                part(plan.namespace, self._rank),
-                plan.parent,
+                part(plan.spaces, self._rank, self._world),
+                plan.runs,
                 plan.hashes,
                 plan.blocks,
                 plan.deadline_ms,
