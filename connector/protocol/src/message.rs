@@ -90,7 +90,7 @@ text! {
     UnregisterRef:; UnregisteredRef:; NeighbourTableRef:; NeighbourGoneRef:; BorrowRef:; DamagedRef:;
     BorrowedRef: formats;
     OpenNamespaceRef: keys values;
-    RegisterRef: keys values layer_names;
+    RegisterRef: keys values page_packings layer_names;
 }
 
 messages! {
