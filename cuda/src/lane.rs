@@ -19,10 +19,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_cuda_driver::{BatchApi, CudaError, Direction, Event, Piece, Priority, Stream};
+use pillion_cuda_driver::{
+    BatchApi, CudaError, Direction, Event, HostRegistration, Piece, Priority, Stream,
+};
 use pillion_layouts::BlockPlan;
 
-use crate::{CopyError, DeviceMemory, Extent, Gpu, Pulse};
+use crate::{CopyError, DeviceMemory, Extent, ForeignPool, Gpu, HostPool, Pulse};
 
 /// Bytes of a chunk: 0.6 ms of a PCIe 5 link.
 const CHUNK_BYTES: u64 = 32 << 20;
@@ -36,12 +38,14 @@ const LOOK_LOAD: Duration = Duration::from_micros(5);
 const LOOK_SAVE: Duration = Duration::from_micros(50);
 
 /// One block of a job.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Item {
     /// Whose record it is: index of the engine's group.
     pub group: u16,
     /// The engine's block.
     pub block: u64,
+    /// The neighbour's pool that its record lies in; `None`: ours. Only loads have another's.
+    pub foreign: Option<Arc<ForeignPool>>,
     /// Offset of its record in the pool.
     pub offset: u64,
     /// What a load must find there.
@@ -59,14 +63,33 @@ pub enum Moved {
     Skipped,
 }
 
-/// A record whose bytes are what was stored (I1): only such go to the device.
+/// A record whose bytes are what was stored (I1): only such go to the device. Where they lie.
 #[derive(Debug, Clone, Copy)]
-struct Verified(Item);
+struct Verified(Place);
+
+/// Pinned memory that a record lies in.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    Pool(Extent),
+    Stage(Extent),
+}
+
+/// Pinned memory that neighbours' records go through: their owners may write the pools at any time, so what is
+/// compared with the checksum must be what goes to the device.
+#[derive(Debug)]
+struct Stage {
+    // Ends before the memory is unmapped.
+    _pinned: HostRegistration,
+    memory: Arc<HostPool>,
+    /// For each chunk under way.
+    part_bytes: u64,
+    next: u64,
+}
 
 impl Verified {
-    fn check(item: Item, found: u64) -> Result<Self, CopyError> {
+    fn check(item: &Item, place: Place, found: u64) -> Result<Self, CopyError> {
         if found == item.checksum {
-            Ok(Self(item))
+            Ok(Self(place))
         } else {
             Err(CopyError::Corrupt { expected: item.checksum, found })
         }
@@ -103,6 +126,8 @@ pub struct Lane {
     /// One per group of the engine.
     plans: Arc<[BlockPlan]>,
     look: Duration,
+    /// Made with the first record of a neighbour.
+    stage: Option<Stage>,
     memory: Arc<DeviceMemory>,
     gpu: Arc<Gpu>,
 }
@@ -126,15 +151,16 @@ impl Lane {
         let pulse = gpu.watchdog().pulse();
         let stream = pulse.during("the making of a stream", gpu.call_patience(), || Stream::new(priority))?;
         let (spare, batch) = (Vec::new(), gpu.batch());
-        Ok(Self { stream, spare, direction, batch, pulse, plans, look, memory, gpu })
+        Ok(Self { stream, spare, direction, batch, pulse, plans, look, stage: None, memory, gpu })
     }
 
     /// Ends it, under the watchdog's eye.
     pub fn close(self) {
-        let Self { stream, spare, pulse, memory, gpu, .. } = self;
+        let Self { stream, spare, pulse, stage, memory, gpu, .. } = self;
         pulse.during("the end of a stream", gpu.call_patience(), || {
             drop(spare);
             drop(stream);
+            drop(stage);
         });
         // Unmaps, where the other direction has ended.
         drop(memory);
@@ -209,17 +235,23 @@ impl Lane {
     /// An item's plan and its record's place, if block and record are this engine's and ours.
     fn checked(&self, item: &Item) -> Result<(&BlockPlan, Extent), CopyError> {
         let Item { block, offset, .. } = *item;
+        let plan = self.plan_of_block(item, block)?;
+        let record_bytes = plan.record_bytes();
+        let bytes = self.gpu.pool().bytes();
+        if offset.checked_add(record_bytes).is_none_or(|end| end > bytes) {
+            return Err(CopyError::OutOfBounds { bytes, offset, length: record_bytes });
+        }
+        Ok((plan, Extent { offset, bytes: record_bytes }))
+    }
+
+    fn plan_of_block(&self, item: &Item, block: u64) -> Result<&BlockPlan, CopyError> {
         let plan = self.plan(item)?;
         let record_bytes = plan.record_bytes();
         if !plan.contains(block) {
             let blocks = plan.num_blocks();
             return Err(CopyError::Shape { blocks, record_bytes, block, length: record_bytes });
         }
-        let bytes = self.gpu.pool().bytes();
-        if offset.checked_add(record_bytes).is_none_or(|end| end > bytes) {
-            return Err(CopyError::OutOfBounds { bytes, offset, length: record_bytes });
-        }
-        Ok((plan, Extent { offset, bytes: record_bytes }))
+        Ok(plan)
     }
 
     /// Until the engine's event is reached, or will not be waited for.
@@ -260,16 +292,19 @@ impl Lane {
         match self.direction {
             Direction::Out => {
                 for item in &items[range] {
-                    self.pieces(item, &mut pieces)?;
+                    let (_, extent) = self.checked(item)?;
+                    self.pieces(item, Place::Pool(extent), &mut pieces)?;
                 }
             }
             Direction::In => {
-                for (index, verified) in self.verify(items, range) {
+                let mut verified = self.verify(items, range.clone());
+                verified.extend(self.verify_staged(items, range));
+                for (index, verified) in verified {
                     match verified {
-                        Ok(Verified(item)) => {
+                        Ok(Verified(place)) => {
                             // Becomes true when the chunk lands.
-                            moved[index] = Moved::Copied(item.checksum);
-                            self.pieces(&item, &mut pieces)?;
+                            moved[index] = Moved::Copied(items[index].checksum);
+                            self.pieces(&items[index], place, &mut pieces)?;
                         }
                         Err(error) => moved[index] = Moved::Failed(error),
                     }
@@ -286,7 +321,7 @@ impl Lane {
     fn verify(&self, items: &[Item], range: Range<usize>) -> Vec<(usize, Result<Verified, CopyError>)> {
         let mut out = Vec::with_capacity(range.len());
         let (mut known, mut extents) = (Vec::with_capacity(range.len()), Vec::with_capacity(range.len()));
-        for index in range {
+        for index in range.filter(|index| items[*index].foreign.is_none()) {
             match self.checked(&items[index]) {
                 Ok((_, extent)) => {
                     known.push(index);
@@ -296,17 +331,92 @@ impl Lane {
             }
         }
         // SAFETY: the records are published, so that nobody writes them, and pinned by the job's lease.
-        let sums = unsafe { self.gpu.crew().checksums(self.gpu.pool(), extents) };
+        let sums = unsafe { self.gpu.crew().checksums(self.gpu.pool(), extents.clone()) };
         // Never none: the extents were checked.
-        for (index, found) in known.into_iter().zip(sums.unwrap_or_default()) {
-            out.push((index, Verified::check(items[index], found)));
+        let places = known.into_iter().zip(extents).zip(sums.unwrap_or_default());
+        for ((index, extent), found) in places {
+            out.push((index, Verified::check(&items[index], Place::Pool(extent), found)));
         }
         out
     }
 
-    fn pieces(&self, item: &Item, pieces: &mut Vec<Piece>) -> Result<(), CopyError> {
-        let (plan, extent) = self.checked(item)?;
-        let (base, part) = (self.gpu.pool().address() as u64, self.gpu.pin_part());
+    /// The same for neighbours' records, which are copied first.
+    fn verify_staged(
+        &mut self,
+        items: &[Item],
+        range: Range<usize>,
+    ) -> Vec<(usize, Result<Verified, CopyError>)> {
+        let foreign = |index: &usize| Some((*index, items[*index].foreign.clone()?));
+        let wanted: Vec<_> = range.filter_map(|index| foreign(&index)).collect();
+        if wanted.is_empty() {
+            return Vec::new();
+        }
+        if let Err(error) = self.make_stage() {
+            let error = CopyError::Unreachable(error);
+            return wanted.into_iter().map(|(index, _)| (index, Err(error.clone()))).collect();
+        }
+        let mut out = Vec::with_capacity(wanted.len());
+        let (mut known, mut extents) = (Vec::new(), Vec::new());
+        let Some((mut at, end)) = self.stage.as_mut().map(Stage::part) else { return out };
+        for (index, pool) in wanted {
+            let item = &items[index];
+            let plan = match self.plan_of_block(item, item.block) {
+                Ok(plan) => plan,
+                Err(error) => {
+                    out.push((index, Err(error)));
+                    continue;
+                }
+            };
+            let extent = Extent { offset: at, bytes: plan.record_bytes() };
+            let (offset, length) = (item.offset, extent.bytes);
+            // SAFETY: this part of the stage belongs to a chunk that has landed; nobody else has it.
+            let place = self.stage.as_ref().and_then(|stage| unsafe { stage.memory.record_mut(at, length) });
+            match place.filter(|_| at + length <= end) {
+                Some(place) if pool.read(offset, place) => {
+                    at += length;
+                    known.push(index);
+                    extents.push(extent);
+                }
+                _ => out.push((index, Err(CopyError::OutOfBounds { bytes: end, offset, length }))),
+            }
+        }
+        let Some(stage) = &self.stage else { return out };
+        // SAFETY: written above, by this thread, and by nobody since.
+        let sums = unsafe { self.gpu.crew().checksums(&stage.memory, extents.clone()) };
+        let places = known.into_iter().zip(extents).zip(sums.unwrap_or_default());
+        for ((index, extent), found) in places {
+            out.push((index, Verified::check(&items[index], Place::Stage(extent), found)));
+        }
+        out
+    }
+
+    fn make_stage(&mut self) -> Result<(), String> {
+        if self.stage.is_some() {
+            return Ok(());
+        }
+        let largest = self.plans.iter().map(BlockPlan::record_bytes).max().unwrap_or(0);
+        // One part more than chunks under way: the next is filled while these fly.
+        let part_bytes = largest.max(CHUNK_BYTES).next_multiple_of(4096);
+        let bytes = part_bytes * (DEPTH as u64 + 1);
+        let memory = Arc::new(HostPool::create(bytes).map_err(|error| error.to_string())?);
+        let gpu = &self.gpu;
+        let pinned = self.pulse.during("the registration of a stage with CUDA", gpu.call_patience(), || {
+            // SAFETY: the registration is dropped before the memory is unmapped.
+            unsafe { HostRegistration::new(gpu.context(), memory.address(), bytes, bytes) }
+        });
+        let pinned = pinned.map_err(|error| error.to_string())?;
+        self.stage = Some(Stage { _pinned: pinned, memory, part_bytes, next: 0 });
+        Ok(())
+    }
+
+    fn pieces(&self, item: &Item, place: Place, pieces: &mut Vec<Piece>) -> Result<(), CopyError> {
+        let plan = self.plan_of_block(item, item.block)?;
+        let (extent, base, part) = match (place, &self.stage) {
+            (Place::Stage(extent), Some(stage)) => (extent, stage.memory.address() as u64, u64::MAX),
+            (Place::Pool(extent) | Place::Stage(extent), _) => {
+                (extent, self.gpu.pool().address() as u64, self.gpu.pin_part())
+            }
+        };
         for segment in plan.segments(item.block) {
             let mut device = self.memory.address(segment.engine, segment.len)?;
             let (mut at, mut left) = (extent.offset + segment.record, segment.len);
@@ -392,6 +502,15 @@ impl Lane {
                 thread::park();
             }
         }
+    }
+}
+
+impl Stage {
+    /// The part that the next chunk goes through.
+    fn part(&mut self) -> (u64, u64) {
+        let start = self.next % (DEPTH as u64 + 1) * self.part_bytes;
+        self.next += 1;
+        (start, start + self.part_bytes)
     }
 }
 

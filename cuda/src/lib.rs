@@ -14,7 +14,7 @@ pub use device_memory::{DeviceHandle, DeviceMemory, DeviceSource, Gpu, GpuParts}
 pub use host::{MemfdMemory, ProcessMemory};
 pub use lane::{Item, Lane, Moved};
 pub use pillion_cuda_driver as driver;
-pub use pool::{HostPool, PoolOptions};
+pub use pool::{ForeignPool, HostPool, PoolOptions};
 pub use watchdog::{Pulse, Watchdog};
 
 /// One contiguous piece of a block: where it lies in the engine and in the record.

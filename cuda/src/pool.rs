@@ -1,6 +1,6 @@
 //! The host pool: one mapping that all records lie in.
 
-use std::{fs, num::NonZero, thread};
+use std::{fs, num::NonZero, os::fd::OwnedFd, ptr, thread};
 
 use pillion_shm::{Access, Mapping, Memfd, Seal, ShmError};
 
@@ -60,7 +60,8 @@ impl HostPool {
                 (memfd.map(Access::ReadWrite)?, memfd)
             }
         };
-        memfd.seal(Seal::Size)?;
+        // Others of this node may read it, and nobody but us ever writes it.
+        memfd.seal(Seal::SizeAndFutureWrites)?;
         let pool = Self { map, memfd, huge_pages };
         pool.advise(numa_node);
         if touch && !pool.huge_pages {
@@ -72,6 +73,11 @@ impl HostPool {
     /// Bytes.
     pub fn bytes(&self) -> u64 {
         self.memfd.bytes()
+    }
+
+    /// For neighbours, who can only read it.
+    pub fn memfd(&self) -> &Memfd {
+        &self.memfd
     }
 
     /// First byte, for the device.
@@ -132,6 +138,37 @@ impl HostPool {
                 libc::syscall(libc::SYS_mbind, start, length, libc::MPOL_PREFERRED, mask, bits, 0);
             }
         }
+    }
+}
+
+/// Another sidecar's pool, mapped for reading. Its owner goes on writing it: what is read counts for nothing before
+/// the bytes *that were read* have been compared with their checksum.
+#[derive(Debug)]
+pub struct ForeignPool {
+    map: Mapping,
+    bytes: u64,
+}
+
+impl ForeignPool {
+    /// Maps the memory behind a descriptor that a neighbour sent.
+    ///
+    /// # Errors
+    /// Where it is not sealed, or has another size.
+    pub fn open(fd: OwnedFd, bytes: u64) -> Result<Self, ShmError> {
+        let map = Memfd::adopt(fd, Seal::SizeAndFutureWrites, bytes)?.map(Access::Read)?;
+        Ok(Self { map, bytes })
+    }
+
+    /// Reads a record; false outside of the pool.
+    #[must_use]
+    pub fn read(&self, offset: u64, into: &mut [u8]) -> bool {
+        if offset.checked_add(into.len() as u64).is_none_or(|end| end > self.bytes) {
+            return false;
+        }
+        // SAFETY: the range lies inside the mapping, whose size is sealed; `into` is ours alone. The owner may write
+        // meanwhile, so that any bytes may come out: the caller compares them.
+        unsafe { ptr::copy_nonoverlapping(self.map.as_ptr().add(offset as usize), into.as_mut_ptr(), into.len()) };
+        true
     }
 }
 

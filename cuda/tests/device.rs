@@ -223,13 +223,19 @@ impl Rig {
 /// Blocks in an order of their own, records in another.
 fn items() -> Vec<Item> {
     let item =
-        |index: u64| Item { group: 0, block: (index * 7 + 3) % BLOCKS, offset: index * RECORD, checksum: 0 };
+        |index: u64| Item {
+            group: 0,
+            block: (index * 7 + 3) % BLOCKS,
+            foreign: None,
+            offset: index * RECORD,
+            checksum: 0,
+        };
     (0..BLOCKS).map(item).collect()
 }
 
 fn with_checksums(items: &[Item], moved: &[Moved]) -> Vec<Item> {
     let known = |(item, moved): (&Item, &Moved)| match moved {
-        Moved::Copied(checksum) => Item { checksum: *checksum, ..*item },
+        Moved::Copied(checksum) => Item { checksum: *checksum, ..item.clone() },
         other => panic!("block {} was not saved: {other:?}", item.block),
     };
     items.iter().zip(moved).map(known).collect()
@@ -556,9 +562,9 @@ fn memory_that_cannot_be_imported_is_an_error_with_its_reason() {
     // Blocks beyond the plan, records beyond the pool, groups that are not there: never an address.
     let memory = rig.import();
     let wrong = [
-        Item { group: 0, block: BLOCKS, offset: 0, checksum: 0 },
-        Item { group: 0, block: 0, offset: BLOCKS * RECORD - 1, checksum: 0 },
-        Item { group: 2, block: 0, offset: 0, checksum: 0 },
+        Item { group: 0, block: BLOCKS, foreign: None, offset: 0, checksum: 0 },
+        Item { group: 0, block: 0, foreign: None, offset: BLOCKS * RECORD - 1, checksum: 0 },
+        Item { group: 2, block: 0, foreign: None, offset: 0, checksum: 0 },
     ];
     for item in wrong {
         for direction in [Direction::Out, Direction::In] {

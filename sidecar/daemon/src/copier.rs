@@ -2,7 +2,7 @@
 //! bounded number of jobs (the core's limits), loads before saves.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -12,8 +12,14 @@ use std::{
 };
 
 use pillion_core::{BlockOutcome, CopyItem, Direction, JobId, SessionId};
-use pillion_cuda::{BlockCopier, CopyError, HostPool};
+use pillion_cuda::{BlockCopier, CopyError, ForeignPool, HostPool};
 use tokio::sync::mpsc::UnboundedSender;
+
+/// Bytes that a thread keeps for neighbours' records.
+const BUFFER_KEPT: usize = 64 << 20;
+
+/// Neighbours' pools by their number.
+pub type Pools = HashMap<u32, Arc<ForeignPool>>;
 
 /// One job's copy.
 #[derive(Debug)]
@@ -26,6 +32,8 @@ pub struct CopyTask {
     pub direction: Direction,
     /// The blocks.
     pub items: Vec<CopyItem>,
+    /// Neighbours' pools that some of them lie in, by number.
+    pub pools: Pools,
     /// How to reach the memory. Keeps it mapped until the task is dropped.
     pub copier: BlockCopier,
     /// Set from outside: the rest is skipped.
@@ -113,6 +121,7 @@ impl Copiers {
 }
 
 fn work(shared: &Shared, reports: &UnboundedSender<CopyReport>) {
+    let mut buffer = Vec::new();
     loop {
         let mut queues = shared.queues();
         let task = loop {
@@ -127,7 +136,9 @@ fn work(shared: &Shared, reports: &UnboundedSender<CopyReport>) {
         };
         drop(queues);
         let begun = Instant::now();
-        let blocks = task.items.iter().map(|item| copy(shared, &task, item)).collect();
+        let blocks = task.items.iter().map(|item| copy(shared, &task, item, &mut buffer)).collect();
+        // A record of a neighbour is copied through it; it is not kept for the rare giant.
+        buffer.shrink_to(BUFFER_KEPT);
         let CopyTask { session, job, direction, copier, .. } = task;
         let way = copier.way();
         // The mapping goes before the report: who hears it may count on that.
@@ -139,7 +150,7 @@ fn work(shared: &Shared, reports: &UnboundedSender<CopyReport>) {
     }
 }
 
-fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem) -> BlockOutcome {
+fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem, buffer: &mut Vec<u8>) -> BlockOutcome {
     if task.cancelled.load(Ordering::Acquire) {
         return BlockOutcome::Skipped;
     }
@@ -157,6 +168,17 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem) -> BlockOutcome {
             let record = unsafe { shared.pool.record_mut(item.offset, bytes) };
             record.map(|record| task.copier.save(item.group, item.block, record))
         }
+        Direction::Load if item.pool != 0 => task.pools.get(&item.pool).map(|pool| {
+            // Its owner may write there at any time: what is proved must be what is copied on.
+            buffer.clear();
+            buffer.resize(bytes as usize, 0);
+            if !pool.read(item.offset, buffer) {
+                let error = CopyError::OutOfBounds { bytes: 0, offset: item.offset, length: bytes };
+                return Err(error);
+            }
+            let loaded = task.copier.load(item.group, item.block, buffer, item.checksum);
+            loaded.map(|()| item.checksum)
+        }),
         Direction::Load => {
             // SAFETY: the record is published, so that nobody writes it, and pinned by the job's lease, so
             // that its extent is not given away before the job's report has been taken in.
@@ -169,6 +191,10 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem) -> BlockOutcome {
     };
     match result {
         Some(Ok(checksum)) => BlockOutcome::Copied(checksum),
+        Some(Err(error @ CopyError::Corrupt { .. })) if item.pool != 0 => {
+            tracing::warn!(job = ?task.job, "a neighbour's record is not what it lent: {error}");
+            BlockOutcome::Corrupt
+        }
         Some(Err(error @ CopyError::Corrupt { .. })) => corrupt(task.job, &error),
         Some(Err(error)) => {
             tracing::warn!(job = ?task.job, direction = ?task.direction, "block not copied: {error}");

@@ -16,7 +16,7 @@ use pillion_cuda::{CopyError, DeviceMemory, Gpu, Item, Lane, Moved, driver};
 use pillion_layouts::BlockPlan;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::copier::{self, CopyReport};
+use crate::copier::{self, CopyReport, Pools};
 
 /// One job's copy.
 #[derive(Debug)]
@@ -29,6 +29,8 @@ pub struct LaneTask {
     pub direction: Direction,
     /// The blocks.
     pub items: Vec<CopyItem>,
+    /// Neighbours' pools that some of them lie in, by number.
+    pub pools: Pools,
     /// The engine's event to wait for.
     pub event: Option<u32>,
     /// Set from outside: the rest is skipped.
@@ -110,15 +112,18 @@ fn serve(
 ) {
     // Copies are looked at every 20 µs: the default of 50 µs more would be most of a small load's time.
     let _ = rustix::thread::set_current_timer_slack(std::num::NonZero::new(1000));
-    for LaneTask { session, job, direction, items, event, cancelled } in tasks {
+    for LaneTask { session, job, direction, items, pools, event, cancelled } in tasks {
         waiting.fetch_sub(1, Ordering::Relaxed);
         let begun = Instant::now();
         let moved = if cancelled.load(Ordering::Acquire) {
             vec![Moved::Skipped; items.len()]
+        } else if items.iter().any(|item| item.pool != 0 && !pools.contains_key(&item.pool)) {
+            vec![Moved::Failed(CopyError::Unreachable("a neighbour is gone".into())); items.len()]
         } else {
             let item = |item: &CopyItem| {
-                let CopyItem { group, block, offset, checksum } = *item;
-                Item { group, block, offset, checksum }
+                let CopyItem { group, block, pool, offset, checksum } = *item;
+                let foreign = pools.get(&pool).cloned();
+                Item { group, block, foreign, offset, checksum }
             };
             let items: Vec<Item> = items.iter().map(item).collect();
             lane.run(&items, event, &cancelled)
