@@ -240,8 +240,9 @@ impl Ssd {
                 Some(Event::SsdGetEnded { token, ending })
             }
             Action::Dropped { key, reason } => {
-                if reason != DropReason::Evicted {
-                    tracing::warn!(?key, ?reason, "a block on the SSD is lost, and will be a miss");
+                // The others were said when the read failed.
+                if reason == DropReason::Unsynced {
+                    self.complain(false, || "a block is lost with a failed sync, and will be a miss".into());
                 }
                 Some(Event::SsdDropped { key: key.0 })
             }
