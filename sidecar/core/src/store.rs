@@ -9,6 +9,7 @@ use std::{
 use pillion_shm::presence::IndexKey;
 
 use crate::{
+    ids::NamespaceId,
     key::BlockKey,
     pool::{Extent, Pool},
 };
@@ -31,13 +32,15 @@ pub(crate) enum State {
 pub(crate) struct Record {
     pub(crate) key: BlockKey,
     pub(crate) index: IndexKey,
+    pub(crate) space: NamespaceId,
+    pub(crate) hash: [u8; 32],
     pub(crate) tenant: Arc<str>,
     pub(crate) format: Arc<str>,
     pub(crate) bytes: u64,
     pub(crate) checksum: u64,
     pub(crate) state: State,
     extent: Extent,
-    parent: Option<BlockKey>,
+    pub(crate) parent: Option<BlockKey>,
     pins: u32,
     /// Leases that found it. That it was written, or came once more with a save, is no use.
     uses: u32,
@@ -76,13 +79,16 @@ impl Hasher for KeyHasher {
     fn write_usize(&mut self, _: usize) {}
 }
 
-type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
+pub(crate) type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
 
 /// What a new record needs.
 #[derive(Debug, Clone)]
 pub(crate) struct NewRecord {
     pub(crate) key: BlockKey,
     pub(crate) index: IndexKey,
+    pub(crate) space: NamespaceId,
+    /// The engine's.
+    pub(crate) hash: [u8; 32],
     pub(crate) tenant: Arc<str>,
     pub(crate) format: Arc<str>,
     pub(crate) bytes: u64,
@@ -112,9 +118,10 @@ fn kib(bytes: u64) -> u64 {
 }
 
 impl Store {
-    pub(crate) fn new(pool_bytes: u64) -> Self {
+    /// `sectors`: records that an SSD takes, too, lie on its sectors.
+    pub(crate) fn new(pool_bytes: u64, sectors: bool) -> Self {
         Self {
-            pool: Pool::new(pool_bytes),
+            pool: Pool::new(pool_bytes, sectors),
             arena: Vec::new(),
             vacant: Vec::new(),
             by_key: KeyMap::default(),
@@ -169,6 +176,8 @@ impl Store {
         let record = Record {
             key: new.key,
             index: new.index,
+            space: new.space,
+            hash: new.hash,
             tenant: new.tenant,
             format: new.format,
             bytes: new.bytes,
@@ -233,13 +242,13 @@ impl Store {
     }
 
     /// Takes a record out of the index at once; its bytes go with the last pin.
-    pub(crate) fn retire(&mut self, id: RecordId) -> Option<(Arc<str>, IndexKey)> {
+    pub(crate) fn retire(&mut self, id: RecordId) -> Option<(BlockKey, Arc<str>, IndexKey)> {
         let record = self.arena.get_mut(id.0 as usize)?.as_mut()?;
         if record.state != State::Published {
             return None;
         }
         record.state = State::Retired;
-        let (key, gone) = (record.key, (Arc::clone(&record.tenant), record.index));
+        let (key, gone) = (record.key, (record.key, Arc::clone(&record.tenant), record.index));
         self.by_key.remove(&key);
         self.requeue(id);
         self.drop_if_unused(id);
@@ -251,14 +260,17 @@ impl Store {
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
         record.uses = record.uses.saturating_add(1);
         let (bytes, uses) = (record.bytes, record.uses);
+        let due = self.due(bytes, uses);
+        self.set_due(id, due);
+    }
+
+    fn set_due(&mut self, id: RecordId, due: Due) {
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
         // Its place among the evictable ones goes by what it was due before.
         if std::mem::take(&mut record.queued) {
             self.evictable.remove(&(record.due, id));
         }
-        let due = self.due(bytes, uses);
-        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            record.due = due;
-        }
+        record.due = due;
         self.requeue(id);
     }
 
@@ -268,6 +280,11 @@ impl Store {
         self.clock += kib(bytes).max(1);
         let bought = self.pool_kib as f64 * (f64::from(uses) + 1.0).log2();
         Due { at: self.clock + bought as u64, touched: self.clock }
+    }
+
+    /// The first to go, until it is touched.
+    pub(crate) fn age(&mut self, id: RecordId) {
+        self.set_due(id, Due { at: 0, touched: 0 });
     }
 
     pub(crate) fn pin(&mut self, id: RecordId) {

@@ -18,6 +18,8 @@ fn write(store: &mut Store, name: u32, parent: Option<u32>) -> Option<Vec<BlockK
     let new = NewRecord {
         key: key(name),
         index: IndexKey::new(0, &[1; 16], &[name as u8; 32]),
+        space: NamespaceId([1; 16]),
+        hash: [name as u8; 32],
         tenant: "t".into(),
         format: "f".into(),
         bytes: RECORD,
@@ -43,7 +45,7 @@ fn hit(store: &mut Store, name: u32) {
 
 #[test]
 fn a_hit_buys_the_time_of_one_turn_of_the_pool_and_a_write_buys_none() {
-    let mut store = Store::new(4 * RECORD);
+    let mut store = Store::new(4 * RECORD, false);
     // In records: 0 is touched at 1 and 2, so due at 2 + 4; 1 to 5 are due at 3 to 7.
     write(&mut store, 0, None);
     hit(&mut store, 0);
@@ -60,7 +62,7 @@ fn a_hit_buys_the_time_of_one_turn_of_the_pool_and_a_write_buys_none() {
 
 #[test]
 fn only_hits_are_uses_and_each_doubling_buys_the_same() {
-    let mut store = Store::new(4 * RECORD);
+    let mut store = Store::new(4 * RECORD, false);
     write(&mut store, 0, None);
     // Looked up by a save that brings it once more, pinned, the parent of a child that goes: no uses.
     let id = store.find(&key(0)).unwrap();
@@ -82,7 +84,7 @@ fn only_hits_are_uses_and_each_doubling_buys_the_same() {
 
 #[test]
 fn without_hits_it_is_lru_over_leaves() {
-    let mut store = Store::new(4 * RECORD);
+    let mut store = Store::new(4 * RECORD, false);
     write(&mut store, 0, None);
     write(&mut store, 1, Some(0));
     write(&mut store, 2, None);
@@ -95,7 +97,7 @@ fn without_hits_it_is_lru_over_leaves() {
 
 #[test]
 fn records_of_another_size_pay_by_their_bytes() {
-    let mut store = Store::new(4 * RECORD);
+    let mut store = Store::new(4 * RECORD, false);
     write(&mut store, 0, None);
     let id = store.find(&key(0)).unwrap();
     let before = store.clock;
@@ -111,7 +113,7 @@ proptest! {
         steps in proptest::collection::vec((any::<bool>(), 1u32..40), 1..300),
     ) {
         const RECORDS: usize = 8;
-        let mut store = Store::new(RECORDS as u64 * RECORD);
+        let mut store = Store::new(RECORDS as u64 * RECORD, false);
         // Name → when it is due and when it was touched, in KiB; uses.
         let mut oracle: HashMap<u32, (u64, u64, u32)> = HashMap::new();
         let (record, pool) = (RECORD >> 10, (RECORDS as u64 * RECORD) >> 10);
