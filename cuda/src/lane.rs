@@ -19,9 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_cuda_driver::{
-    BatchApi, CudaError, Direction, Event, HostRegistration, Piece, Priority, Stream,
-};
+use pillion_cuda_driver::{BatchApi, CudaError, Direction, Event, HostRegistration, Piece, Priority, Stream};
 use pillion_layouts::BlockPlan;
 
 use crate::{CopyError, DeviceMemory, Extent, ForeignPool, Gpu, HostPool, Pulse};
@@ -371,13 +369,12 @@ impl Lane {
             let (offset, length) = (item.offset, extent.bytes);
             // SAFETY: this part of the stage belongs to a chunk that has landed; nobody else has it.
             let place = self.stage.as_ref().and_then(|stage| unsafe { stage.memory.record_mut(at, length) });
-            match place.filter(|_| at + length <= end) {
-                Some(place) if pool.read(offset, place) => {
-                    at += length;
-                    known.push(index);
-                    extents.push(extent);
-                }
-                _ => out.push((index, Err(CopyError::OutOfBounds { bytes: end, offset, length }))),
+            if place.filter(|_| at + length <= end).is_some_and(|place| pool.read(offset, place)) {
+                at += length;
+                known.push(index);
+                extents.push(extent);
+            } else {
+                out.push((index, Err(CopyError::OutOfBounds { bytes: end, offset, length })));
             }
         }
         let Some(stage) = &self.stage else { return out };

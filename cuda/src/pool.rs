@@ -167,7 +167,9 @@ impl ForeignPool {
         }
         // SAFETY: the range lies inside the mapping, whose size is sealed; `into` is ours alone. The owner may write
         // meanwhile, so that any bytes may come out: the caller compares them.
-        unsafe { ptr::copy_nonoverlapping(self.map.as_ptr().add(offset as usize), into.as_mut_ptr(), into.len()) };
+        unsafe {
+            ptr::copy_nonoverlapping(self.map.as_ptr().add(offset as usize), into.as_mut_ptr(), into.len())
+        };
         true
     }
 }

@@ -222,14 +222,13 @@ impl Rig {
 
 /// Blocks in an order of their own, records in another.
 fn items() -> Vec<Item> {
-    let item =
-        |index: u64| Item {
-            group: 0,
-            block: (index * 7 + 3) % BLOCKS,
-            foreign: None,
-            offset: index * RECORD,
-            checksum: 0,
-        };
+    let item = |index: u64| Item {
+        group: 0,
+        block: (index * 7 + 3) % BLOCKS,
+        foreign: None,
+        offset: index * RECORD,
+        checksum: 0,
+    };
     (0..BLOCKS).map(item).collect()
 }
 

@@ -60,9 +60,18 @@ pub(crate) struct Record {
     place: Place,
     pub(crate) parent: Option<BlockKey>,
     pins: u32,
-    touch: u64,
-    /// Its entry in `evictable`, if it has one.
-    queued: Option<u64>,
+    /// Leases that found it. That it was written, or came once more with a save, is no use.
+    uses: u32,
+    due: Due,
+    /// Whether it is among `evictable`.
+    queued: bool,
+}
+
+/// Which record goes first: the one whose bought time is over first; among equals the least recently touched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Due {
+    at: u64,
+    touched: u64,
 }
 
 impl Record {
@@ -125,16 +134,23 @@ pub(crate) struct Store {
     by_key: KeyMap<RecordId>,
     /// Records (written or being written) whose parent is this key.
     children: KeyMap<u32>,
-    /// Published, unpinned leaves by age: what may go, oldest first.
-    evictable: BTreeSet<(u64, RecordId)>,
+    /// Published, unpinned leaves: what may go, in that order.
+    evictable: BTreeSet<(Due, RecordId)>,
+    /// Counts the KiB of the records that were written or found: so it goes on by the pool's length while all of
+    /// the pool is touched once, whatever the records' sizes. It lasts for a century at 4 TiB/s.
     clock: u64,
     /// Records of neighbours among those in the arena.
     foreign: usize,
     /// Borrows that have lost a record since this was last asked, once for each.
     returned: Vec<u64>,
+    pool_kib: u64,
     pub(crate) used_bytes: u64,
     /// Of this pool: what is borrowed is pinned at its owner's.
     pub(crate) pinned_bytes: u64,
+}
+
+fn kib(bytes: u64) -> u64 {
+    bytes >> 10
 }
 
 impl Store {
@@ -150,6 +166,7 @@ impl Store {
             clock: 0,
             foreign: 0,
             returned: Vec::new(),
+            pool_kib: kib(pool_bytes),
             used_bytes: 0,
             pinned_bytes: 0,
         }
@@ -207,8 +224,9 @@ impl Store {
             place: Place::Foreign(foreign, lent.offset),
             parent: None,
             pins: 0,
-            touch: 0,
-            queued: None,
+            uses: 0,
+            due: Due { at: 0, touched: 0 },
+            queued: false,
         };
         self.add(record)
     }
@@ -240,7 +258,7 @@ impl Store {
             if let Some(extent) = self.pool.allocate(new.bytes) {
                 break extent;
             }
-            match self.evict_oldest() {
+            match self.evict_first() {
                 Some(record) => evicted.push(record),
                 None => {
                     self.remove_child(new.parent.as_ref());
@@ -248,7 +266,7 @@ impl Store {
                 }
             }
         };
-        self.clock += 1;
+        let due = self.due(new.bytes, 0);
         let record = Record {
             key: new.key,
             index: new.index,
@@ -262,8 +280,9 @@ impl Store {
             place: Place::Own(extent),
             parent: new.parent,
             pins: 0,
-            touch: self.clock,
-            queued: None,
+            uses: 0,
+            due,
+            queued: false,
         };
         self.used_bytes += record.bytes;
         Some(self.add(record))
@@ -285,7 +304,7 @@ impl Store {
         id
     }
 
-    fn evict_oldest(&mut self) -> Option<Record> {
+    fn evict_first(&mut self) -> Option<Record> {
         let (_, id) = *self.evictable.first()?;
         self.remove(id)
     }
@@ -293,8 +312,8 @@ impl Store {
     /// Takes a record out whatever its state, and frees its bytes.
     fn remove(&mut self, id: RecordId) -> Option<Record> {
         let record = self.arena.get_mut(id.0 as usize)?.take()?;
-        if let Some(touch) = record.queued {
-            self.evictable.remove(&(touch, id));
+        if record.queued {
+            self.evictable.remove(&(record.due, id));
         }
         if self.by_key.get(&record.key) == Some(&id) {
             self.by_key.remove(&record.key);
@@ -343,20 +362,36 @@ impl Store {
         Some(gone)
     }
 
+    /// A lease found the record.
     pub(crate) fn touch(&mut self, id: RecordId) {
-        self.clock += 1;
-        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            record.touch = self.clock;
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        record.uses = record.uses.saturating_add(1);
+        let (bytes, uses) = (record.bytes, record.uses);
+        let due = self.due(bytes, uses);
+        self.set_due(id, due);
+    }
+
+    fn set_due(&mut self, id: RecordId, due: Due) {
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        // Its place among the evictable ones goes by what it was due before.
+        if std::mem::take(&mut record.queued) {
+            self.evictable.remove(&(record.due, id));
         }
+        record.due = due;
         self.requeue(id);
+    }
+
+    /// LRU in which hits buy time: with every doubling of uses + 1 a record stays for as long again as it takes to
+    /// touch the whole pool once. docs/decisions/008 says why.
+    fn due(&mut self, bytes: u64, uses: u32) -> Due {
+        self.clock += kib(bytes).max(1);
+        let bought = self.pool_kib as f64 * (f64::from(uses) + 1.0).log2();
+        Due { at: self.clock + bought as u64, touched: self.clock }
     }
 
     /// The first to go, until it is touched.
     pub(crate) fn age(&mut self, id: RecordId) {
-        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            record.touch = 0;
-        }
-        self.requeue(id);
+        self.set_due(id, Due { at: 0, touched: 0 });
     }
 
     pub(crate) fn pin(&mut self, id: RecordId) {
@@ -417,17 +452,15 @@ impl Store {
             && record.pins == 0
             && !record.is_foreign()
             && !self.children.contains_key(&record.key);
-        let place = may_go.then_some(record.touch);
-        if place == record.queued {
+        if may_go == record.queued {
             return;
         }
-        if let Some(touch) = record.queued {
-            self.evictable.remove(&(touch, id));
+        record.queued = may_go;
+        if may_go {
+            self.evictable.insert((record.due, id));
+        } else {
+            self.evictable.remove(&(record.due, id));
         }
-        if let Some(touch) = place {
-            self.evictable.insert((touch, id));
-        }
-        record.queued = place;
     }
 
     /// Borrowed records by their borrow; for tests.
@@ -453,7 +486,7 @@ impl Store {
             let id = RecordId(index as u32);
             if record.is_foreign() {
                 assert!(record.pins > 0, "borrowed for nobody: {record:?}");
-                assert!(record.queued.is_none());
+                assert!(!record.queued);
                 continue;
             }
             used += record.bytes;
@@ -465,11 +498,15 @@ impl Store {
             let may_go = record.state == State::Published
                 && record.pins == 0
                 && !self.children.contains_key(&record.key);
-            assert_eq!(record.queued.is_some(), may_go, "{record:?}");
+            assert_eq!(record.queued, may_go, "{record:?}");
+            assert_eq!(self.evictable.contains(&(record.due, id)), may_go, "{record:?}");
         }
         assert_eq!((used, pinned), (self.used_bytes, self.pinned_bytes));
         assert_eq!(children.len(), self.children.len());
         assert!(children.iter().all(|(key, count)| self.children.get(key) == Some(count)));
-        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued.is_some()).count());
+        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued).count());
     }
 }
+
+#[cfg(test)]
+mod tests;

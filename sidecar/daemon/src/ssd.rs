@@ -63,7 +63,11 @@ pub fn start(
 fn recover(config: &Config, pool: Arc<HostPool>, tell: UnboundedSender<Told>) -> Result<Recovered> {
     let begun = Instant::now();
     let wanted = tier::Config {
-        directories: config.ssd.iter().map(directory).collect::<Result<_>>()?,
+        directories: places(config)
+            .into_iter()
+            .zip(&config.ssd)
+            .map(|(path, wanted)| directory(path, wanted))
+            .collect::<Result<_>>()?,
         segment_bytes: segment_bytes(config),
         limits: Limits::default(),
         engine: config.ssd_engine(),
@@ -77,9 +81,9 @@ fn recover(config: &Config, pool: Arc<HostPool>, tell: UnboundedSender<Told>) ->
     let memory = Arc::new(memory(pool)?);
     let (tier, started) = Tier::start(&wanted, &memory, hooks, |entry| records.push(record(entry)))
         .context("cannot use the SSD")?;
-    for (one, how) in config.ssd.iter().zip(&started) {
+    for (path, how) in places(config).iter().zip(&started) {
         tracing::info!(
-            directory = %one.path.display(),
+            directory = %path.display(),
             engine = how.engine,
             refused = how.refused,
             records = how.report.records,
@@ -91,12 +95,24 @@ fn recover(config: &Config, pool: Arc<HostPool>, tell: UnboundedSender<Told>) ->
             "SSD directory recovered"
         );
     }
+    if records.len() as u64 > config.presence_slots / 4 * 3 {
+        tracing::warn!(
+            records = records.len(),
+            presence_slots = config.presence_slots,
+            "the SSD has more blocks than the presence table finds: raise presence_slots"
+        );
+    }
     Ok(Recovered { tier, started, records })
 }
 
+/// The directories of this device's sidecar: several can share one configuration.
+fn places(config: &Config) -> Vec<PathBuf> {
+    let place = |one: &SsdDirectory| one.path.to_string_lossy().replace("{device}", &config.device).into();
+    config.ssd.iter().map(place).collect()
+}
+
 /// The folder above must be there: a disk that is not mounted is not to be filled from below.
-fn directory(wanted: &SsdDirectory) -> Result<DirectoryConfig> {
-    let path = wanted.path.clone();
+fn directory(path: PathBuf, wanted: &SsdDirectory) -> Result<DirectoryConfig> {
     if !path.exists() {
         let made = DirBuilder::new().mode(0o700).create(&path);
         made.with_context(|| {
@@ -177,7 +193,7 @@ pub struct Ssd {
 impl Ssd {
     /// One that is still being recovered: writes wait for it.
     pub fn starting(config: &Config) -> Self {
-        let directories = config.ssd.iter().map(|one| (one.path.clone(), None)).collect();
+        let directories = places(config).into_iter().map(|path| (path, None)).collect();
         Self { tier: None, early: VecDeque::new(), directories, failures: 0 }
     }
 
@@ -240,8 +256,9 @@ impl Ssd {
                 Some(Event::SsdGetEnded { token, ending })
             }
             Action::Dropped { key, reason } => {
-                if reason != DropReason::Evicted {
-                    tracing::warn!(?key, ?reason, "a block on the SSD is lost, and will be a miss");
+                // The others were said when the read failed.
+                if reason == DropReason::Unsynced {
+                    self.complain(false, || "a block is lost with a failed sync, and will be a miss".into());
                 }
                 Some(Event::SsdDropped { key: key.0 })
             }
@@ -297,6 +314,53 @@ pub const RECOVERY_WAIT: Duration = Duration::from_secs(10);
 mod tests {
     use super::*;
     use crate::config::ByteSize;
+
+    #[test]
+    fn sidecars_that_share_a_configuration_have_directories_of_their_own() {
+        let one = SsdDirectory { path: "/ssd/{device}/kv".into(), capacity: ByteSize(1 << 30) };
+        let config = Config { ssd: vec![one], device: "cpu1".into(), ..Config::default() };
+        assert_eq!(places(&config), [PathBuf::from("/ssd/cpu1/kv")]);
+    }
+
+    #[test]
+    fn what_the_tier_tells_ends_what_the_core_asked_for() {
+        let mut ssd = Ssd::starting(&Config::default());
+        let key = RecordKey([7; 32]);
+        let io = |errno| GetError::Io(pillion_ssd::device::IoError::Os(errno));
+        for (error, ending) in [
+            (GetError::Missing, GetEnding::Gone),
+            (GetError::Busy, GetEnding::Busy),
+            (io(5), GetEnding::Gone),
+            (GetError::Corrupt(pillion_ssd::format::Refused::Other("key")), GetEnding::Corrupt),
+        ] {
+            let event = ssd.told(Action::LoadFailed { token: 3, key, error });
+            assert!(matches!(event, Some(Event::SsdGetEnded { token: 3, ending: told }) if told == ending));
+        }
+        let event = ssd.told(Action::StoreFailed { token: 4, key, error: PutError::ReadOnly });
+        assert!(matches!(event, Some(Event::SsdPutEnded { token: 4, ending: PutEnding::Failed })));
+        let event = ssd.told(Action::Dropped { key, reason: DropReason::Evicted });
+        assert!(matches!(event, Some(Event::SsdDropped { key: [7, ..] })));
+        assert!(ssd.told(Action::ReadOnly { shelf: 0 }).is_none());
+    }
+
+    #[test]
+    fn before_recovery_writes_wait_and_reads_are_not_there() {
+        let mut ssd = Ssd::starting(&Config::default());
+        let record = SsdRecord {
+            key: [1; 32],
+            space: NamespaceId([2; 16]),
+            hash: [3; 32],
+            parent: None,
+            tenant: "t".into(),
+            format: "f".into(),
+            bytes: 4096,
+            checksum: 5,
+        };
+        assert!(ssd.put(1, Box::new(record), 0, false).is_none());
+        assert_eq!(ssd.early.len(), 1);
+        let event = ssd.get(2, [1; 32], 0, 4096);
+        assert!(matches!(event, Some(Event::SsdGetEnded { token: 2, ending: GetEnding::Busy })));
+    }
 
     #[test]
     fn segments_suit_the_smallest_directory() {

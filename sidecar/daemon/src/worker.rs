@@ -391,7 +391,13 @@ async fn drain(driver: &SharedDriver, limit: Duration, watchdog: &Watchdog) {
     let sealing = driver.borrow_mut().close_ssd();
     if let Some(sealing) = sealing {
         let left = limit.saturating_sub(begun.elapsed()).max(SEAL_MIN);
-        if tokio::time::timeout(left, sealing).await.is_err() {
+        let ended = async {
+            tokio::pin!(sealing);
+            while tokio::time::timeout(LOOK, &mut sealing).await.is_err() {
+                beat();
+            }
+        };
+        if tokio::time::timeout(left, ended).await.is_err() {
             tracing::warn!("the SSD did not end in time: the next start reads its open segments");
         }
     }

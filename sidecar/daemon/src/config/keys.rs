@@ -73,7 +73,7 @@ pub static KEYS: &[Key] = &[
     key!(sidecars: Whole, Kind::Whole(1, 1024), "1", "", "8",
         "Sidecars that share this machine's memory, for a `host_pool` that is a share; never less than the GPUs that the driver shows. A shim that starts several ranks' sets it."),
     key!(ssd: Ssd, Kind::Ssd, "", "", "[\"/var/lib/pillion/ssd=100GiB\"]",
-        "Directories on local disks, each with the bytes that it may take; blocks go there, too, and are found again after a restart. Each serves one sidecar. In variable and flag: separated by commas."),
+        "Directories on local disks, each with the bytes that it may take; blocks go there, too, and are found again after a restart. Each serves one sidecar: `{device}` in a path stands for its device. In variable and flag: separated by commas."),
     key!(ssd_cache_mode: Text, Kind::Choice(CACHE_MODES), "write_back", "", "\"write_back\"",
         "`write_back`: written behind the save's acknowledgement; `write_through`: before it, durably; `write_around`: as `write_back`, and such blocks leave the host pool first; `read_only`: nothing is written."),
     key!(ssd_segment: Size, Kind::Segment, "0", "", "\"64MiB\"",

@@ -1,5 +1,7 @@
 //! Sidecars of one node that borrow from each other, over a network that is a function call.
 
+use std::collections::HashSet;
+
 use super::*;
 use crate::{ids::NeighbourId, neighbours::Lent};
 
@@ -80,7 +82,8 @@ impl Node {
         let mut nobody = Vec::new();
         for question in questions {
             let entry = (Arc::clone(&question.tenant), question.index);
-            let has = |to: &usize| self.up.contains(&(from, *to)) && self.rigs[*to].present.contains(&entry);
+            let has =
+                |to: &usize| self.up.contains(&(from, *to)) && self.rigs[*to].present.contains_key(&entry);
             let Some(to) = (0..self.rigs.len()).find(has) else {
                 nobody.push(question.key);
                 continue;

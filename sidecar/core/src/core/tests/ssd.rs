@@ -25,7 +25,7 @@ fn rig(pool_records: u64) -> Rig {
 impl Rig {
     fn tiers(&self, engine: &Engine, n: u32) -> u8 {
         let tenant = tenant(1);
-        let index = IndexKey::new(tenant.key.index_seed(&[2; 16]), &engine.space.0, &hash(n));
+        let index = IndexKey::new(tenant.key.index_seed(), &engine.space.0, &hash(n));
         self.present.get(&(tenant.name, index)).copied().unwrap_or(0)
     }
 
