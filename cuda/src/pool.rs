@@ -159,6 +159,11 @@ impl ForeignPool {
         Ok(Self { map, bytes })
     }
 
+    /// Bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// Reads a record; false outside of the pool.
     #[must_use]
     pub fn read(&self, offset: u64, into: &mut [u8]) -> bool {

@@ -12,8 +12,8 @@ use std::{
 };
 
 use pillion_cuda::{
-    CopyError, Crew, DeviceHandle, DeviceMemory, DeviceSource, Gpu, GpuParts, HostPool, Item, Lane, Moved,
-    PoolOptions, Watchdog,
+    CopyError, Crew, DeviceHandle, DeviceMemory, DeviceSource, ForeignPool, Gpu, GpuParts, HostPool, Item,
+    Lane, Moved, PoolOptions, Watchdog,
     driver::{self, Allocation, BatchApi, Context, Direction, Event, ExportedHandle, ForeignStream},
 };
 use pillion_fake_cuda::testing::{self, Faults};
@@ -264,6 +264,41 @@ fn round_trip(rig: &Rig) {
     assert_eq!(rig.dog.stuck(), None);
 }
 
+/// Records of a neighbour's pool go through pinned memory, proved there; more of them than fit into one chunk.
+#[test]
+fn records_of_a_neighbour_are_proved_on_their_way() {
+    let rig = rig("LBHNC", "");
+    rig.fill();
+    let memory = rig.import();
+    let before: Vec<_> = (0..BLOCKS).map(|block| rig.block(block)).collect();
+    let saved = rig.lane(&memory, Direction::Out).run(&items(), None, &go());
+    let mut items = with_checksums(&items(), &saved);
+    let other = Arc::new(HostPool::create(rig.pool.bytes()).unwrap());
+    for item in &items {
+        // SAFETY: nobody else knows this pool yet.
+        unsafe { other.record_mut(item.offset, RECORD) }.unwrap().copy_from_slice(rig.record(item.offset));
+    }
+    let fd = other.memfd().fd().try_clone_to_owned().unwrap();
+    let foreign = Arc::new(ForeignPool::open(fd, other.bytes()).unwrap());
+    for item in items.iter_mut().filter(|item| item.block % 3 != 0) {
+        item.foreign = Some(Arc::clone(&foreign));
+    }
+    let bad = items.iter().position(|item| item.foreign.is_some()).unwrap();
+    // SAFETY: no copy runs.
+    unsafe { other.record_mut(items[bad].offset, RECORD) }.unwrap()[17] ^= 1;
+    let outside = items.iter().rposition(|item| item.foreign.is_some()).unwrap();
+    items[outside].offset = other.bytes() - RECORD + 1;
+    rig.kv().fill(0xee);
+    let loaded = rig.lane(&memory, Direction::In).run(&items, None, &go());
+    for (index, (item, moved)) in items.iter().zip(&loaded).enumerate() {
+        let copied = matches!(moved, Moved::Copied(checksum) if *checksum == item.checksum);
+        assert_eq!(copied, index != bad && index != outside, "{moved:?}");
+        let expected = if copied { before[item.block as usize].clone() } else { vec![0xee; RECORD as usize] };
+        assert!(rig.block(item.block) == expected, "block {}", item.block);
+    }
+    assert_eq!(rig.faults.count("pageable"), 0, "the stage is registered");
+}
+
 /// Records of two sizes in one job, without room between them, over the borders of chunks and pins.
 #[test]
 fn one_job_moves_blocks_of_several_groups() {
@@ -331,15 +366,16 @@ fn a_damaged_record_does_not_reach_the_device() {
     let memory = rig.import();
     let saved = rig.lane(&memory, Direction::Out).run(&items(), None, &go());
     let items = with_checksums(&items(), &saved);
-    let bad = items[50];
+    let bad = items[50].clone();
     // SAFETY: no copy runs.
     unsafe { rig.pool.record_mut(bad.offset, RECORD) }.unwrap()[RECORD as usize - 1] ^= 1;
     rig.kv().fill(0xee);
     let loaded = rig.lane(&memory, Direction::In).run(&items, None, &go());
     for (item, moved) in items.iter().zip(&loaded) {
         let untouched = rig.block(item.block) == [0xee; RECORD as usize];
-        assert_eq!(untouched, *item == bad, "block {}", item.block);
-        assert_eq!(matches!(moved, Moved::Failed(CopyError::Corrupt { .. })), *item == bad);
+        let is_bad = item.block == bad.block;
+        assert_eq!(untouched, is_bad, "block {}", item.block);
+        assert_eq!(matches!(moved, Moved::Failed(CopyError::Corrupt { .. })), is_bad);
     }
 }
 
@@ -567,7 +603,7 @@ fn memory_that_cannot_be_imported_is_an_error_with_its_reason() {
     ];
     for item in wrong {
         for direction in [Direction::Out, Direction::In] {
-            let moved = rig.lane(&memory, direction).run(&[item], None, &go());
+            let moved = rig.lane(&memory, direction).run(std::slice::from_ref(&item), None, &go());
             assert!(matches!(moved[..], [Moved::Failed(_)]), "{moved:?}");
         }
     }

@@ -59,6 +59,7 @@ pub struct Config {
     pub max_sessions: u64,
     pub max_leases: u64,
     pub copy_threads: u64,
+    pub neighbours: bool,
     pub cuda_batch_copy: bool,
     pub cuda_call_seconds: u64,
     pub presence_slots: u64,
@@ -171,6 +172,11 @@ impl Config {
         self.tenants.check(tenant, uid, self.is_trusted(uid), self.allow_uids.contains(&uid))
     }
 
+    /// Whether a process of this user may be another sidecar that borrows, or lends.
+    pub fn is_neighbour(&self, uid: u32) -> bool {
+        self.neighbours && uid == self.own_uid
+    }
+
     /// Whether users other than our own and root may attach: then the runtime
     /// folder must let them through to the socket.
     pub fn admits_other_users(&self) -> bool {
@@ -239,6 +245,7 @@ impl Default for Config {
             max_sessions: 0,
             max_leases: 0,
             copy_threads: 0,
+            neighbours: false,
             cuda_batch_copy: false,
             cuda_call_seconds: 0,
             presence_slots: 0,

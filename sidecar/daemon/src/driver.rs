@@ -13,10 +13,10 @@ use std::{
 };
 
 use pillion_core::{
-    Action, Core, Counters, Direction, Event, JobId, LeaseRun, Outcome, Role, SessionId, Tenant,
+    Action, Core, Counters, Direction, Event, JobId, LeaseRun, NeighbourId, Outcome, Role, SessionId, Tenant,
 };
-use pillion_cuda::{BlockCopier, Gpu};
-use pillion_protocol::{Message, frame, wire};
+use pillion_cuda::{BlockCopier, ForeignPool, Gpu, HostPool};
+use pillion_protocol::{Message, wire};
 use pillion_shm::{
     ShmError, clock,
     pidfd::Peer,
@@ -27,9 +27,11 @@ use pillion_shm::{
 use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use crate::{
+    channel::Outgoing,
     copier::{Copiers, CopyReport, CopyTask},
     lanes::{LaneTask, Lanes},
     metrics::{self, CoreCounters, LabelValue, Metrics, SsdCounters},
+    neighbours::{self, Answer, Neighbours},
     register::Registered,
     ssd::{Recovered, Ssd, Told},
 };
@@ -57,7 +59,7 @@ pub struct Tables {
 /// A session as the driver keeps it, until the core says that it has ended.
 #[derive(Debug)]
 pub struct Live {
-    out: UnboundedSender<Vec<u8>>,
+    out: UnboundedSender<Outgoing>,
     /// Bytes handed to `out` that the connection has not written.
     pub unread: Rc<std::cell::Cell<usize>>,
     ring: Option<RingWriter>,
@@ -144,6 +146,11 @@ pub struct Driver {
     /// nothing here has its memory any more.
     ending: HashMap<SessionId, Live>,
     copiers: Copiers,
+    /// What others may read.
+    pool: Arc<HostPool>,
+    /// Those that lend to us.
+    pub neighbours: Neighbours,
+    stale_ms: u32,
     ssd: Option<Ssd>,
     /// Lease requests that were not answered yet, and when they came.
     asked: HashMap<(SessionId, u64), Instant>,
@@ -156,6 +163,7 @@ pub struct Driver {
     next_session: u64,
     next_import: u64,
     restarts: u64,
+    draining: bool,
     drained: bool,
     last_active: Instant,
     last_stamp: Instant,
@@ -167,6 +175,8 @@ pub struct Driver {
 pub struct Parts {
     pub core: Core,
     pub copiers: Copiers,
+    pub pool: Arc<HostPool>,
+    pub stale_ms: u32,
     pub ssd: Option<Ssd>,
     pub gpu: Option<Arc<Gpu>>,
     pub metrics: Arc<Metrics>,
@@ -188,6 +198,9 @@ impl Driver {
             sessions: BTreeMap::new(),
             ending: HashMap::new(),
             copiers: parts.copiers,
+            pool: parts.pool,
+            neighbours: Neighbours::default(),
+            stale_ms: parts.stale_ms,
             ssd: parts.ssd,
             asked: HashMap::new(),
             gpu: parts.gpu,
@@ -198,6 +211,7 @@ impl Driver {
             next_session: 0,
             next_import: 0,
             restarts: parts.restarts,
+            draining: false,
             drained: false,
             last_active: Instant::now(),
             last_stamp: Instant::now(),
@@ -239,18 +253,23 @@ impl Driver {
         peer: Peer,
         engine: Arc<str>,
         tenant: Tenant,
-        out: UnboundedSender<Vec<u8>>,
+        out: UnboundedSender<Outgoing>,
     ) -> Result<(SessionId, Tables), ShmError> {
         let system = |errno| ShmError::System { call: "dup", errno };
         let duplicate =
             |memfd: &pillion_shm::Memfd| rustix::io::fcntl_dupfd_cloexec(memfd.fd(), 0).map_err(system);
         let name = Arc::clone(&tenant.name);
-        if role != Role::Observer && !self.tables.contains_key(&name) {
+        let has_table = matches!(role, Role::Scheduler | Role::Worker);
+        let is_new = has_table && !self.tables.contains_key(&name);
+        if is_new {
             self.tables.insert(Arc::clone(&name), TableWriter::create(self.presence_slots)?);
         }
         let mut fds = Vec::new();
-        if let Some(table) = self.tables.get(&name).filter(|_| role != Role::Observer) {
+        if let Some(table) = self.tables.get(&name).filter(|_| has_table) {
             fds.push(duplicate(table.memfd())?);
+        }
+        if role == Role::Neighbour {
+            fds.push(duplicate(self.pool.memfd())?);
         }
         let (mut ring, mut words) = (None, None);
         if role == Role::Worker {
@@ -292,9 +311,103 @@ impl Driver {
             view,
         };
         self.sessions.insert(session, live);
-        let index_seed = tenant.key.index_seed(&self.generation);
+        let index_seed = tenant.key.index_seed();
+        let name = Arc::clone(&tenant.name);
         self.apply(Event::Attached { session, role, engine, uid: peer.uid, tenant });
+        if is_new {
+            let borrowers = self.sessions.iter().filter(|(_, live)| live.view.role == Role::Neighbour);
+            for borrower in borrowers.map(|(id, _)| *id).collect::<Vec<_>>() {
+                self.show_table(borrower, &name);
+            }
+        }
         Ok((session, Tables { fds, index_seed }))
+    }
+
+    /// Says to a neighbour what we have for a tenant.
+    fn show_table(&mut self, session: SessionId, tenant: &Arc<str>) {
+        let Some(table) = self.tables.get(tenant) else { return };
+        let Ok(fd) = table.memfd().fd().try_clone_to_owned() else { return };
+        let message = Message::NeighbourTable(wire::NeighbourTable {
+            neighbour: 0,
+            tenant: tenant.to_string(),
+            stale_ms: self.stale_ms,
+        });
+        self.send_frame(session, Outgoing::new(&message, vec![fd]));
+    }
+
+    /// What a new client must know besides its welcome: a scheduler, what it can have from neighbours; a neighbour,
+    /// what we have.
+    pub fn introduce_neighbours(&mut self, session: SessionId) {
+        let Some(view) = self.sessions.get(&session).map(|live| live.view.clone()) else { return };
+        match view.role {
+            Role::Scheduler => {
+                let of = |id| self.neighbours.introduction(id, &view.tenant);
+                for frame in self.neighbours.ids().filter_map(of).collect::<Vec<_>>() {
+                    self.send_frame(session, frame);
+                }
+            }
+            Role::Neighbour => {
+                for tenant in self.tables.keys().cloned().collect::<Vec<_>>() {
+                    self.show_table(session, &tenant);
+                }
+            }
+            Role::Worker | Role::Observer => {}
+        }
+    }
+
+    /// Schedulers of a tenant may look blocks up in a neighbour's table.
+    pub fn introduce(&mut self, neighbour: NeighbourId, tenant: &Arc<str>) {
+        for session in self.schedulers(Some(tenant)) {
+            if let Some(frame) = self.neighbours.introduction(neighbour, tenant) {
+                self.send_frame(session, frame);
+            }
+        }
+    }
+
+    fn schedulers(&self, tenant: Option<&Arc<str>>) -> Vec<SessionId> {
+        let wanted =
+            |view: &View| view.role == Role::Scheduler && tenant.is_none_or(|tenant| view.tenant == *tenant);
+        self.sessions.iter().filter(|(_, live)| wanted(&live.view)).map(|(id, _)| *id).collect()
+    }
+
+    /// A neighbour lends from now on.
+    pub fn neighbour_came(
+        &mut self,
+        device: String,
+        pool: ForeignPool,
+        out: UnboundedSender<Outgoing>,
+    ) -> NeighbourId {
+        let neighbour = self.neighbours.came(device, pool, out);
+        self.apply(Event::NeighbourCame { neighbour });
+        neighbour
+    }
+
+    /// It does not any more.
+    pub fn neighbour_went(&mut self, neighbour: NeighbourId) {
+        for session in self.schedulers(None) {
+            let gone = wire::NeighbourGone { neighbour: neighbour.0.into() };
+            self.send(session, &Message::NeighbourGone(gone));
+        }
+        let unanswered = self.neighbours.went(neighbour);
+        self.apply(Event::NeighbourWent { neighbour });
+        self.neighbours_answer(unanswered);
+    }
+
+    /// Tells the core what neighbours said.
+    pub fn neighbours_answer(&mut self, answer: Option<Answer>) {
+        if let Some(Answer { keys, lent }) = answer {
+            self.apply(Event::NeighbourAnswered { keys, lent });
+        }
+    }
+
+    /// Whether the process is about to end.
+    pub fn is_draining(&self) -> bool {
+        self.draining
+    }
+
+    /// Bytes of the host pool.
+    pub fn pool_bytes(&self) -> u64 {
+        self.pool_bytes
     }
 
     /// A session's state.
@@ -399,11 +512,14 @@ impl Driver {
 
     /// Queues a message for a client. One that does not read is dropped.
     pub fn send(&mut self, session: SessionId, message: &Message) {
+        self.send_frame(session, Outgoing::new(message, Vec::new()));
+    }
+
+    fn send_frame(&mut self, session: SessionId, frame: Outgoing) {
         let Some(live) = self.sessions.get_mut(&session) else { return };
-        let bytes = frame::encode(message, 0);
-        live.unread.set(live.unread.get() + bytes.len());
+        live.unread.set(live.unread.get() + frame.bytes.len());
         // A closed channel means that the connection is ending already.
-        let _ = live.out.send(bytes);
+        let _ = live.out.send(frame);
     }
 
     /// Whether a client has let too much pile up.
@@ -511,6 +627,17 @@ impl Driver {
             Action::SsdGet { token, key, offset, bytes } => {
                 return self.ssd.as_ref().and_then(|ssd| ssd.get(token, key, offset, bytes));
             }
+            Action::AskNeighbours { questions } => {
+                let Answer { keys, lent } = self.neighbours.ask(questions);
+                return (!keys.is_empty()).then_some(Event::NeighbourAnswered { keys, lent });
+            }
+            Action::RenewAt { neighbour, lease } => self.neighbours.renew(neighbour, lease),
+            Action::Return { neighbour, lease } => self.neighbours.give_back(neighbour, lease),
+            Action::SayDamaged { neighbour, key } => self.neighbours.say_damaged(neighbour, key),
+            Action::Lent { session, request, lease, records } => {
+                let said = neighbours::borrowed(request, lease, &records);
+                self.send(session, &Message::Borrowed(said));
+            }
             Action::SessionEnded { session } => {
                 self.asked.retain(|(owner, _), _| *owner != session);
                 // Dropping it unmaps the engine's memory and closes the channel, which ends the connection.
@@ -550,13 +677,15 @@ impl Driver {
         let bytes = items.iter().filter_map(of_item).sum();
         let running = Running { cancelled: Arc::clone(&cancelled), begun: Instant::now(), direction, bytes };
         live.running.insert(job, running);
+        let abroad = items.iter().map(|item| item.pool).filter(|pool| *pool != 0);
+        let pools = self.neighbours.pools(abroad);
         match mover {
             Mover::Host(copier) => {
                 let copier = copier.clone();
-                self.copiers.push(CopyTask { session, job, direction, items, copier, cancelled });
+                self.copiers.push(CopyTask { session, job, direction, items, pools, copier, cancelled });
             }
             Mover::Device { lanes, .. } => {
-                lanes.push(LaneTask { session, job, direction, items, event, cancelled });
+                lanes.push(LaneTask { session, job, direction, items, pools, event, cancelled });
             }
         }
     }
@@ -604,13 +733,15 @@ impl Driver {
         for live in self.sessions.values_mut() {
             live.flush();
         }
-        if self.sessions.values().any(|live| live.view.role != Role::Observer) {
+        let is_engine = |live: &Live| matches!(live.view.role, Role::Scheduler | Role::Worker);
+        if self.sessions.values().any(is_engine) {
             self.last_active = Instant::now();
         }
     }
 
     /// Stops taking work; the tables promise nothing from now on.
     pub fn drain(&mut self) {
+        self.draining = true;
         self.apply(Event::Drain);
         for table in self.tables.values() {
             table.retire();

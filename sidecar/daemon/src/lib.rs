@@ -4,6 +4,7 @@
 //! doctor, metrics, HTTP) beside the parts that serve engines. Decisions are
 //! not made here but in `pillion-core`.
 
+pub mod channel;
 pub mod cli;
 pub mod config;
 pub mod copier;
@@ -15,6 +16,7 @@ pub mod lanes;
 pub mod logging;
 pub mod machine;
 pub mod metrics;
+pub mod neighbours;
 pub mod places;
 pub mod register;
 pub mod report;

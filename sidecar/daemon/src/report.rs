@@ -62,6 +62,7 @@ fn session(id: u64, view: &View, way: &str, jobs: usize) -> SessionStatus {
         Role::Scheduler => "scheduler",
         Role::Worker => "worker",
         Role::Observer => "observer",
+        Role::Neighbour => "neighbour",
     };
     let registration = view.layout.as_ref().filter(|_| !way.is_empty()).map(|layout| RegistrationStatus {
         path: way.to_owned(),

@@ -2,8 +2,7 @@
 
 use std::{
     cell::Cell,
-    collections::VecDeque,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::OwnedFd,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -12,15 +11,12 @@ use std::{
 use pillion_core::{
     Event, JobId, LeaseId, LeaseRun, LoadRun, NamespaceId, Role, SaveRun, SessionId, Tenant, TenantKey,
 };
-use pillion_protocol::{Frames, MAJOR, MAX_RUNS, MINOR, Message, PARENT_BYTES, frame, wire};
+use pillion_protocol::{FrameError, MAJOR, MAX_RUNS, MINOR, Message, PARENT_BYTES, frame, wire};
 use pillion_shm::{
     clock,
-    fds::{self, Received},
     pidfd::{self, Peer, Process},
 };
-use rustix::io::Errno;
 use tokio::{
-    io::Interest,
     net::UnixStream,
     sync::{
         mpsc::{self, UnboundedReceiver, UnboundedSender},
@@ -30,6 +26,7 @@ use tokio::{
 };
 
 use crate::{
+    channel::{Channel, Outgoing, Read},
     config::Config,
     copier::CopyReport,
     driver::{RING_SLOTS, SharedDriver, WORD_SLOTS},
@@ -48,9 +45,6 @@ const LOOK: Duration = Duration::from_millis(100);
 const STRIKES_MAX: u32 = 3;
 /// Connections that may be introducing themselves at a time (I8): they are no sessions yet, but take descriptors.
 const GREETINGS_MAX: usize = 256;
-/// Descriptors that may wait for the frame that announces them (I8).
-const LOOSE_FDS_MAX: usize = 16;
-const LOOSE_FDS: &str = "expected file descriptors only with the frames that announce them";
 
 /// What all sessions share.
 #[derive(Debug)]
@@ -113,8 +107,7 @@ pub async fn run(stream: UnixStream, greeting: Greeting, shared: Rc<Shared>) {
             return tracing::warn!("a client whose credentials cannot be read was dropped: {errno}");
         }
     };
-    let mut connection =
-        Connection { stream, frames: Frames::default(), passed: VecDeque::new(), peer, shared, strikes: 0 };
+    let mut connection = Connection { channel: Channel::new(stream), peer, shared, strikes: 0 };
     let greeted = connection.greet().await;
     drop(greeting);
     match greeted {
@@ -125,9 +118,7 @@ pub async fn run(stream: UnixStream, greeting: Greeting, shared: Rc<Shared>) {
 }
 
 struct Connection {
-    stream: UnixStream,
-    frames: Frames,
-    passed: VecDeque<OwnedFd>,
+    channel: Channel,
     peer: Peer,
     shared: Rc<Shared>,
     strikes: u32,
@@ -141,7 +132,7 @@ enum End {
 
 impl Connection {
     /// Users who may not come in are told before a byte of theirs is read; the others have a little time.
-    async fn greet(&mut self) -> Result<Option<(SessionId, UnboundedReceiver<Vec<u8>>)>, Elapsed> {
+    async fn greet(&mut self) -> Result<Option<(SessionId, UnboundedReceiver<Outgoing>)>, Elapsed> {
         if let Err(denied) = self.shared.config.uid_allowed(self.peer.uid) {
             return Ok(self.turn_away(wire::Reason::Denied, denied.to_string()).await);
         }
@@ -149,36 +140,36 @@ impl Connection {
     }
 
     /// The first frame must be a hello that may come in.
-    async fn hello(&mut self) -> Option<(SessionId, UnboundedReceiver<Vec<u8>>)> {
+    async fn hello(&mut self) -> Option<(SessionId, UnboundedReceiver<Outgoing>)> {
         let hello = loop {
-            match self.frames.next_frame() {
-                Some(Ok(frame)) => match frame.message {
-                    Message::Hello(hello) => break hello,
-                    other => {
-                        let text = format!("expected a hello first, got {:?}", other.kind());
-                        return self.turn_away(wire::Reason::Malformed, text).await;
-                    }
-                },
-                Some(Err(error)) => return self.turn_away(wire::Reason::Malformed, error.to_string()).await,
-                None => {}
+            match self.channel.next_message() {
+                Ok(Some(Ok((Message::Hello(hello), _)))) => break hello,
+                Ok(Some(Ok((other, _)))) => {
+                    let text = format!("expected a hello first, got {:?}", other.kind());
+                    return self.turn_away(wire::Reason::Malformed, text).await;
+                }
+                Ok(Some(Err(error))) => {
+                    return self.turn_away(wire::Reason::Malformed, error.to_string()).await;
+                }
+                Err(text) => return self.turn_away(wire::Reason::Malformed, text).await,
+                Ok(None) => {}
             }
-            self.stream.readable().await.ok()?;
-            if !self.receive().ok()? {
-                return None;
-            }
-            if self.passed.len() > LOOSE_FDS_MAX {
-                return self.turn_away(wire::Reason::Malformed, LOOSE_FDS.into()).await;
+            self.channel.readable().await.ok()?;
+            match self.channel.receive() {
+                Read::Open => {}
+                Read::End => return None,
+                Read::Broken(text) => return self.turn_away(wire::Reason::Malformed, text).await,
             }
         };
         match self.admit(&hello) {
             Ok((session, outgoing, welcome, fds)) => {
-                let bytes = frame::encode(&Message::Welcome(welcome), fds.len() as u16);
-                let borrowed: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                self.channel.push(Outgoing::new(&Message::Welcome(welcome), fds));
                 // The first bytes on a fresh connection: they fit.
-                if fds::send(&self.stream, &bytes, &borrowed) != Ok(bytes.len()) {
+                if self.channel.write().is_err() || self.channel.has_more() {
                     self.shared.driver.borrow_mut().apply(Event::Detached { session });
                     return None;
                 }
+                self.shared.driver.borrow_mut().introduce_neighbours(session);
                 Some((session, outgoing))
             }
             Err((reason, text)) => self.turn_away(reason, text).await,
@@ -189,7 +180,8 @@ impl Connection {
         tracing::warn!(pid = self.peer.pid, uid = self.peer.uid, "client refused: {text}");
         count(&self.shared, reason);
         let refused = Message::Refused(wire::Refused { request: 0, reason, text });
-        let _ = timeout(BYE_MAX, self.write_all(&frame::encode(&refused, 0))).await;
+        self.channel.push(Outgoing::new(&refused, Vec::new()));
+        self.channel.flush(BYE_MAX).await;
         None
     }
 
@@ -197,7 +189,7 @@ impl Connection {
     fn admit(
         &self,
         hello: &wire::Hello,
-    ) -> Result<(SessionId, UnboundedReceiver<Vec<u8>>, wire::Welcome, Vec<OwnedFd>), (wire::Reason, String)>
+    ) -> Result<(SessionId, UnboundedReceiver<Outgoing>, wire::Welcome, Vec<OwnedFd>), (wire::Reason, String)>
     {
         let Shared { config, secret, driver, .. } = &*self.shared;
         if hello.major != MAJOR {
@@ -208,11 +200,19 @@ impl Connection {
             return Err((wire::Reason::Version, text));
         }
         let denied = |denied: crate::config::Denied| (wire::Reason::Denied, denied.to_string());
-        let tenant = config.tenant_allowed(&hello.tenant, self.peer.uid).map_err(denied)?;
+        let is_neighbour = hello.role == wire::Role::Neighbour;
+        if is_neighbour && !config.is_neighbour(self.peer.uid) {
+            let text = format!(
+                "expected a sidecar of uid {} as neighbour, and `neighbours` on, came uid {}",
+                config.own_uid, self.peer.uid
+            );
+            return Err((wire::Reason::Denied, text));
+        }
         let role = match hello.role {
             wire::Role::Scheduler => Role::Scheduler,
             wire::Role::Worker => Role::Worker,
             wire::Role::Observer => Role::Observer,
+            wire::Role::Neighbour => Role::Neighbour,
         };
         if hello.engine_id.is_empty() || hello.engine_id.len() > 256 {
             return Err((wire::Reason::Malformed, "expected an engine id of 1 to 256 bytes".into()));
@@ -225,8 +225,14 @@ impl Connection {
             );
             return Err((wire::Reason::Busy, text));
         }
-        let key = TenantKey::new(*secret.tenant_key(&tenant).as_bytes());
-        let tenant = Tenant { name: tenant.as_str().into(), key };
+        let tenant = if is_neighbour {
+            // It speaks for no tenant: it asks by keys, which it can form only for those of its own clients.
+            Tenant { name: "".into(), key: TenantKey::new([0; 32]) }
+        } else {
+            let name = config.tenant_allowed(&hello.tenant, self.peer.uid).map_err(denied)?;
+            let key = TenantKey::new(*secret.tenant_key(&name).as_bytes());
+            Tenant { name: name.as_str().into(), key }
+        };
         let (out, outgoing) = mpsc::unbounded_channel();
         let engine = Arc::from(hello.engine_id.as_str());
         let (session, tables) = driver
@@ -254,11 +260,12 @@ impl Connection {
             word_slots: WORD_SLOTS,
             server_version: env!("CARGO_PKG_VERSION").into(),
             device: config.device.clone(),
+            pool_bytes: driver.pool_bytes(),
         };
         Ok((session, outgoing, welcome, tables.fds))
     }
 
-    async fn serve(&mut self, session: SessionId, mut outgoing: UnboundedReceiver<Vec<u8>>) {
+    async fn serve(&mut self, session: SessionId, mut outgoing: UnboundedReceiver<Outgoing>) {
         let unread = self.shared.driver.borrow_mut().live(session).map(|live| Rc::clone(&live.unread));
         let unread = unread.unwrap_or_default();
         let end = self.exchange(session, &mut outgoing, &unread).await;
@@ -273,91 +280,57 @@ impl Connection {
             End::Closed => "the client detached".into(),
             End::Dropped(text) => text,
         };
-        let bye = frame::encode(&Message::Bye(wire::Bye { text }), 0);
-        let _ = timeout(BYE_MAX, self.write_all(&bye)).await;
+        self.channel.push(Outgoing::new(&Message::Bye(wire::Bye { text }), Vec::new()));
+        self.channel.flush(BYE_MAX).await;
         tracing::info!(session = session.0, "session ended");
     }
 
     async fn exchange(
         &mut self,
         session: SessionId,
-        outgoing: &mut UnboundedReceiver<Vec<u8>>,
+        outgoing: &mut UnboundedReceiver<Outgoing>,
         unread: &Rc<Cell<usize>>,
     ) -> End {
         // EOF alone is not enough: another process may hold a copy of the socket.
         let Ok(process) = Process::open(self.peer.pid) else { return End::Closed };
         let mut look = interval(LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut pending: VecDeque<u8> = VecDeque::new();
         loop {
-            while let Some(next) = self.frames.next_frame() {
-                if let Err(text) = self.take(session, next) {
+            loop {
+                let taken = match self.channel.next_message() {
+                    Ok(None) => break,
+                    Ok(Some(next)) => self.take(session, next),
+                    Err(text) => Err(text),
+                };
+                if let Err(text) = taken {
                     return End::Dropped(text);
                 }
             }
             if self.shared.driver.borrow().does_not_read(session) {
                 return End::Dropped("the client does not read its answers".into());
             }
-            let writable = !pending.is_empty();
+            let writable = self.channel.has_more();
             tokio::select! {
-                ready = self.stream.readable() => {
+                ready = self.channel.readable() => {
                     if ready.is_err() { return End::Closed; }
-                    match self.receive() {
-                        // Before the frame is whole: one that never ends could bring any number of them.
-                        Ok(true) if self.passed.len() > LOOSE_FDS_MAX => return End::Dropped(LOOSE_FDS.into()),
-                        Ok(true) => {}
-                        Ok(false) => return End::Closed,
-                        Err(errno) => return End::Dropped(format!("the connection broke: {errno}")),
+                    match self.channel.receive() {
+                        Read::Open => {}
+                        Read::End => return End::Closed,
+                        Read::Broken(text) => return End::Dropped(text),
                     }
                 }
-                ready = self.stream.writable(), if writable => {
+                ready = self.channel.writable(), if writable => {
                     if ready.is_err() { return End::Closed; }
                 }
                 message = outgoing.recv() => {
-                    let Some(bytes) = message else { return End::Closed };
-                    pending.extend(bytes);
+                    let Some(frame) = message else { return End::Closed };
+                    self.channel.push(frame);
                 }
                 _ = look.tick() => if process.has_ended() { return End::Closed },
             }
-            while !pending.is_empty() {
-                match self.stream.try_write(pending.as_slices().0) {
-                    Ok(count) => {
-                        pending.drain(..count);
-                        unread.set(unread.get().saturating_sub(count));
-                    }
-                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break,
-                    Err(_) => return End::Closed,
-                }
-            }
-        }
-    }
-
-    /// Reads what is there; false at the end of the stream.
-    fn receive(&mut self) -> Result<bool, Errno> {
-        let mut buffer = [0u8; 65536];
-        let Self { stream, passed, frames, .. } = self;
-        let received =
-            stream.try_io(Interest::READABLE, || match fds::receive(&*stream, &mut buffer, passed)? {
-                Received::Nothing => Err(std::io::ErrorKind::WouldBlock.into()),
-                other => Ok(other),
-            });
-        match received {
-            Ok(Received::Bytes(count)) => {
-                frames.push(&buffer[..count]);
-                Ok(true)
-            }
-            Ok(_) => Ok(false),
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(true),
-            Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
-        }
-    }
-
-    async fn write_all(&self, mut bytes: &[u8]) {
-        while !bytes.is_empty() && self.stream.writable().await.is_ok() {
-            match self.stream.try_write(bytes) {
-                Ok(count) => bytes = &bytes[count..],
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(_) => return,
+            match self.channel.write() {
+                Ok(count) => unread.set(unread.get().saturating_sub(count)),
+                Err(_) => return End::Closed,
             }
         }
     }
@@ -366,22 +339,13 @@ impl Connection {
     fn take(
         &mut self,
         session: SessionId,
-        next: Result<frame::Frame, pillion_protocol::FrameError>,
+        next: Result<(Message, Vec<OwnedFd>), FrameError>,
     ) -> Result<(), String> {
-        let frame = match next {
-            Ok(frame) => frame,
-            Err(error) if error.is_fatal() => return Err(error.to_string()),
-            Err(error) => return self.strike(session, error.to_string()),
+        let handled = match next {
+            Ok((message, fds)) => self.handle(session, message, fds),
+            Err(error) => Err(error.to_string()),
         };
-        let count = usize::from(frame.fds);
-        if self.passed.len() < count {
-            return Err(format!("expected {count} file descriptors, got {}", self.passed.len()));
-        }
-        let fds: Vec<OwnedFd> = self.passed.drain(..count).collect();
-        match self.handle(session, frame.message, fds) {
-            Ok(()) => Ok(()),
-            Err(text) => self.strike(session, text),
-        }
+        handled.or_else(|text| self.strike(session, text))
     }
 
     fn strike(&mut self, session: SessionId, text: String) -> Result<(), String> {
@@ -455,6 +419,13 @@ impl Connection {
                 deadline_ns: deadline(load.deadline_ms),
                 event: load.event.checked_sub(1),
             },
+            Message::Borrow(borrow) => {
+                Event::Borrow { session, request: borrow.request, keys: hashes(&borrow.keys)? }
+            }
+            Message::Damaged(damaged) => {
+                let key = damaged.key.as_slice().try_into().map_err(|_| "expected a key of 32 bytes")?;
+                Event::Damaged { session, key }
+            }
             Message::Cancel(cancel) => Event::Cancel { session, job: job(&cancel.job)? },
             other => return Err(format!("expected a client's message, got {:?}", other.kind())),
         };

@@ -32,6 +32,7 @@ use crate::{
     driver::{Driver, Parts, SESSION_JOBS_MAX, SharedDriver},
     http,
     metrics::Metrics,
+    neighbours,
     places::{Machine, Places, open_private},
     report,
     secret::ClusterSecret,
@@ -43,6 +44,9 @@ const LOOK: Duration = Duration::from_millis(250);
 
 /// What the SSD has for sealing, however long the drain took.
 const SEAL_MIN: Duration = Duration::from_millis(500);
+
+/// How long a lease waits for what neighbours say.
+const BORROW_WAIT: Duration = Duration::from_millis(200);
 
 /// A core that has not ticked for so long does not serve.
 const TICKING_NS: u64 = 1_000_000_000;
@@ -111,8 +115,8 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
     };
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"), SystemTime::now()));
     let (reports, mut copied) = mpsc::unbounded_channel();
-    let copiers =
-        Copiers::start(config.copy_threads, pool, &reports).context("cannot start the copy threads")?;
+    let copiers = Copiers::start(config.copy_threads, Arc::clone(&pool), &reports)
+        .context("cannot start the copy threads")?;
     let (unmapped, mut unmappings) = mpsc::unbounded_channel();
     let generation = random()?;
     let core = Core::new(Limits {
@@ -123,13 +127,15 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         session_jobs_max: SESSION_JOBS_MAX,
         lease_ns: config.lease().as_nanos() as u64,
         lease_seed: random()?,
-        generation,
+        borrow_wait_ns: BORROW_WAIT.as_nanos() as u64,
         ssd: config.ssd_limits(pool_bytes),
     });
     let presence_slots = config.presence_slots;
     let driver: SharedDriver = Rc::new(RefCell::new(Driver::new(Parts {
         core,
         copiers,
+        pool,
+        stale_ms: (config.table_stamp_ms * 5) as u32,
         ssd: recovering.is_some().then(|| ssd::Ssd::starting(&config)),
         gpu,
         metrics: Arc::clone(&metrics),
@@ -180,6 +186,10 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
             letting_go.borrow_mut().unmapped(session, import);
         }
     });
+    if shared.config.neighbours {
+        let runtime_dir = places.runtime_dir.clone();
+        tokio::task::spawn_local(neighbours::look_around(Rc::clone(&shared), runtime_dir));
+    }
     let (ticking, ticked) = (Rc::clone(&driver), Arc::clone(&shown));
     let mut stamps = interval(shared.config.table_stamp());
     stamps.set_missed_tick_behavior(MissedTickBehavior::Delay);

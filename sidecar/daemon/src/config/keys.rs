@@ -108,6 +108,8 @@ pub static KEYS: &[Key] = &[
         "Threads that copy and checksum; with a GPU, whose copy engines copy, threads that help with checksums, at least half the cores up to 8."),
     key!(cuda_call_seconds: Whole, Kind::Whole(1, 3600), "60", "s", "60",
         "How long a call of the CUDA driver that waits for other processes (import, unmap) may take before the worker ends and starts anew; copies have `grace_seconds`."),
+    key!(neighbours: Switch, Kind::Switch, "on", "", "\"off\"",
+        "Whether this sidecar reads records out of the pools of this user's other sidecars in runtime_dir, and lets them read its own."),
     key!(cuda_batch_copy: Switch, Kind::Switch, "on", "", "\"off\"",
         "Whether `cuMemcpyBatchAsync` is used where the CUDA driver has it; `off`: one call per fragment."),
     key!(presence_slots: Whole, Kind::PowerOfTwo(1024, 16_777_216), "262144", "slots", "262144",
