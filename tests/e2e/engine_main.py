@@ -78,23 +78,16 @@ class Stats:
 
 
 def identity_of(_worker: Any) -> dict[str, Any]:
-    """The namespace that the shim in this worker has built, and the shape of its KV (called in the worker)."""
+    """The namespace that the shim in this worker has built, and what it registered (called in the worker)."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from pillion.vllm import identity
 
     connector = get_kv_transfer_group()
     config = connector._kv_cache_config
-    spec = config.kv_cache_groups[0].kv_cache_spec
     return {
         "namespace": identity.namespaces(connector._vllm_config, config, connector._settings)[0],
-        "layers": list(config.kv_cache_tensors[0].layers),
-        "dtype": str(spec.dtype),
-        "kind": type(spec).__name__,
-        "heads": spec.num_heads,
-        "states": spec.num_states,
-        "content_bytes": spec.state_content_size_bytes,
-        "block_tokens": spec.block_size,
+        "group": connector._worker._described.groups[0],
     }
 
 
