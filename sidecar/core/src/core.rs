@@ -11,12 +11,16 @@ use crate::{
     jobs::{Job, JobKey},
     key::{Namespace, Tenant},
     lease::Leases,
+    ssd::{Ssd, SsdLimits},
     store::Store,
 };
 
 mod grant;
+mod ssd;
+mod wait;
 mod work;
 
+use wait::Wait;
 use work::Submitted;
 
 /// Blocks that one lease or job may name.
@@ -43,6 +47,8 @@ pub struct Limits {
     pub lease_seed: [u8; 32],
     /// This boot.
     pub generation: [u8; 16],
+    /// Of the SSD; `None`: there is none.
+    pub ssd: Option<SsdLimits>,
 }
 
 /// What has happened since the start.
@@ -78,6 +84,22 @@ pub struct Counters {
     pub identity_mismatches: u64,
     pub deadline_misses: u64,
     pub protocol_errors: u64,
+    pub leases_waited: u64,
+    pub leases_cut_short: u64,
+    pub ssd_records: u64,
+    pub ssd_records_hidden: u64,
+    pub ssd_writes_waiting: u64,
+    pub ssd_blocks_written: u64,
+    pub ssd_bytes_written: u64,
+    pub ssd_not_written: u64,
+    pub ssd_writes_failed: u64,
+    pub ssd_blocks_read: u64,
+    pub ssd_bytes_read: u64,
+    pub ssd_reads_failed: u64,
+    pub ssd_corrupt: u64,
+    pub ssd_dropped: u64,
+    pub ssd_foreign: u64,
+    pub ssd_not_indexed: u64,
 }
 
 #[derive(Debug)]
@@ -121,6 +143,14 @@ pub struct Core {
     limits: Limits,
     store: Store,
     leases: Leases,
+    ssd: Option<Ssd>,
+    /// Lease requests that wait for the SSD, oldest first.
+    waits: BTreeMap<u64, Wait>,
+    wait_count: u64,
+    /// What they still lack.
+    wait_bytes: u64,
+    /// Tenants that have attached since the start.
+    tenants: HashMap<Arc<str>, Tenant>,
     sessions: BTreeMap<SessionId, Session>,
     spaces: HashMap<NamespaceId, Space>,
     jobs: HashMap<JobKey, Job>,
@@ -134,9 +164,14 @@ impl Core {
     /// An empty sidecar.
     pub fn new(limits: Limits) -> Self {
         Self {
-            store: Store::new(limits.pool_bytes),
+            store: Store::new(limits.pool_bytes, limits.ssd.is_some()),
+            ssd: limits.ssd.clone().map(Ssd::new),
             limits,
             leases: Leases::default(),
+            waits: BTreeMap::new(),
+            wait_count: 0,
+            wait_bytes: 0,
+            tenants: HashMap::new(),
             sessions: BTreeMap::new(),
             spaces: HashMap::new(),
             jobs: HashMap::new(),
@@ -163,7 +198,12 @@ impl Core {
                     unregister: None,
                     leaving: 0,
                 };
+                // Who only observes has no table.
+                if role != Role::Observer {
+                    self.tenants.insert(Arc::clone(&new.tenant.name), new.tenant.clone());
+                }
                 self.sessions.insert(session, new);
+                self.reveal(actions);
             }
             Event::Detached { session } => self.detach(session, actions),
             Event::OpenNamespace { session, request, namespace, epoch } => {
@@ -207,9 +247,21 @@ impl Core {
             Event::CopyDone { session, job, blocks } => self.copy_done(session, job, &blocks, actions),
             Event::PublishTried { session, job, won } => self.publish_tried(session, job, won, actions),
             Event::Tick => self.tick(now_ns, actions),
-            Event::Drain => self.draining = true,
+            Event::Drain => {
+                self.draining = true;
+                self.refuse_waits(actions);
+            }
+            Event::SsdFound { records } => self.ssd_found(records, actions),
+            Event::SsdPutEnded { token, ending } => self.put_ended(token, ending, actions),
+            Event::SsdGetEnded { token, ending } => self.get_ended(token, ending, now_ns, actions),
+            Event::SsdDropped { key } => self.ssd_dropped(&key, actions),
         }
-        if self.draining && self.jobs.is_empty() && !self.drained {
+        if self.ssd.is_some() {
+            self.pump_ssd(actions);
+            self.grant_settled(now_ns, actions);
+        }
+        let is_idle = self.jobs.is_empty() && self.ssd.as_ref().is_none_or(Ssd::is_idle);
+        if self.draining && is_idle && !self.drained {
             self.drained = true;
             actions.push(Action::Drained);
         }
@@ -217,12 +269,17 @@ impl Core {
 
     /// Counters and gauges.
     pub fn counters(&self) -> Counters {
+        let (ssd_records, ssd_hidden) = self.ssd.as_ref().map_or((0, 0), Ssd::counts);
+        let waiting = self.ssd.as_ref().map_or(0, |ssd| ssd.offers.len() + ssd.puts.len());
         Counters {
             records: self.store.len() as u64,
             record_bytes: self.store.used_bytes,
             pinned_bytes: self.store.pinned_bytes,
             leases: self.leases.len() as u64,
             jobs: self.jobs.len() as u64,
+            ssd_records: ssd_records as u64,
+            ssd_records_hidden: ssd_hidden as u64,
+            ssd_writes_waiting: waiting as u64,
             ..self.counters.clone()
         }
     }
@@ -260,6 +317,7 @@ impl Core {
     fn detach(&mut self, id: SessionId, actions: &mut Vec<Action>) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.detached = true;
+        self.forget_waits(id);
         self.leases.session_ended(id, &mut self.store);
         for ((owner, job), running) in &mut self.jobs {
             if *owner == id {
@@ -322,6 +380,8 @@ impl Core {
     }
 
     fn tick(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        self.reveal(actions);
+        self.grant_overdue(now_ns, actions);
         self.counters.leases_expired += self.leases.expire(now_ns, &mut self.store);
         let late: Vec<JobKey> = self
             .jobs
@@ -346,6 +406,10 @@ impl Core {
     #[cfg(test)]
     pub(crate) fn check_invariants(&self) {
         self.store.check();
+        self.check_waits();
+        if let Some(ssd) = &self.ssd {
+            ssd.check();
+        }
         for (id, session) in &self.sessions {
             let jobs = self.jobs.keys().filter(|(owner, _)| owner == id).count();
             assert_eq!(jobs, session.jobs, "{id:?}");

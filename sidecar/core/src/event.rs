@@ -7,7 +7,13 @@ use pillion_shm::presence::IndexKey;
 use crate::{
     ids::{JobId, LeaseId, NamespaceId, SessionId},
     key::{Namespace, Tenant},
+    ssd::{GetEnding, PutEnding, SsdRecord},
 };
+
+/// Tier bit of the presence table: in the host pool.
+pub const TIER_HOST: u8 = 1;
+/// Tier bit of the presence table: on the SSD.
+pub const TIER_SSD: u8 = 2;
 
 /// Who attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -257,6 +263,30 @@ pub enum Event {
         /// Whether the word was won.
         won: bool,
     },
+    /// Records that recovery found on the SSD.
+    SsdFound {
+        /// Those.
+        records: Vec<SsdRecord>,
+    },
+    /// The end of an [`Action::SsdPut`].
+    SsdPutEnded {
+        /// The action's.
+        token: u64,
+        /// How.
+        ending: PutEnding,
+    },
+    /// The end of an [`Action::SsdGet`]; nothing of it touches the pool any more.
+    SsdGetEnded {
+        /// The action's.
+        token: u64,
+        /// How.
+        ending: GetEnding,
+    },
+    /// A record is not on the SSD any more.
+    SsdDropped {
+        /// Its key's bytes.
+        key: [u8; 32],
+    },
     /// Time passes.
     Tick,
     /// Stop taking work.
@@ -337,12 +367,14 @@ pub enum Action {
         /// Blocks loaded or newly stored.
         blocks: u32,
     },
-    /// A block can be found from now on.
+    /// A block can be found from now on, or lies elsewhere.
     TableSet {
         /// In whose table.
         tenant: Arc<str>,
         /// Its key.
         key: IndexKey,
+        /// [`TIER_HOST`], [`TIER_SSD`] or both.
+        tiers: u8,
     },
     /// A block is gone.
     TableRemove {
@@ -350,6 +382,28 @@ pub enum Action {
         tenant: Arc<str>,
         /// Its key.
         key: IndexKey,
+    },
+    /// Write a record to the SSD from where it lies in the pool, and answer with [`Event::SsdPutEnded`].
+    SsdPut {
+        /// Names it.
+        token: u64,
+        /// What it is.
+        record: Box<SsdRecord>,
+        /// Where it lies in the pool.
+        offset: u64,
+        /// Whether it is to be on stable storage when it has ended.
+        durable: bool,
+    },
+    /// Read a record from the SSD into the pool, and answer with [`Event::SsdGetEnded`].
+    SsdGet {
+        /// Names it.
+        token: u64,
+        /// The key's bytes.
+        key: [u8; 32],
+        /// Where it is to lie in the pool; what it lacks to whole sectors may be written, too.
+        offset: u64,
+        /// Its length.
+        bytes: u64,
     },
     /// No copy of this session runs any more and none will: its memory may be unmapped.
     SessionEnded {

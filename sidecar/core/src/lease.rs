@@ -58,11 +58,8 @@ impl Leases {
         self.leases.get_mut(&id)
     }
 
-    /// Pins the records and remembers why.
-    pub(crate) fn grant(&mut self, id: LeaseId, lease: Lease, store: &mut Store) {
-        for record in &lease.records {
-            store.pin(*record);
-        }
+    /// The records are pinned, and stay so until the lease ends.
+    pub(crate) fn grant(&mut self, id: LeaseId, lease: Lease) {
         self.leases.insert(id, lease);
     }
 

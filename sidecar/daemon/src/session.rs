@@ -429,8 +429,7 @@ impl Connection {
                 let (hashes, begun) = (hashes(&lease.hashes)?, Instant::now());
                 let runs = runs(&lease.spaces, &lease.counts)?;
                 let runs = runs.map(|(space, count)| LeaseRun { space, count }).collect();
-                driver.apply(Event::Lease { session, request: lease.request, runs, hashes });
-                driver.metrics.lease_answered(begun.elapsed());
+                driver.lease(session, lease.request, runs, hashes, begun);
                 return Ok(());
             }
             Message::Renew(renew) => Event::Renew { session, lease: self::lease(&renew.lease)? },

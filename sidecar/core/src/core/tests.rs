@@ -1,6 +1,6 @@
 //! Scenarios on the core, and a random walk against a slow oracle.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, VecDeque};
 
 use proptest::prelude::*;
 
@@ -10,10 +10,13 @@ use super::*;
 use crate::{
     event::{BlockOutcome, CopyItem, Direction, Group, LeaseRun, LoadRun, Outcome, SaveRun},
     ids::{JobId, LeaseId},
-    key::TenantKey,
+    key::{BlockKey, TenantKey},
+    ssd::{CacheMode, GetEnding, PutEnding, SsdRecord},
 };
 
 mod groups;
+mod ssd;
+mod ssd_walk;
 
 const RECORD: u64 = 512 << 10;
 const SECOND: u64 = 1_000_000_000;
@@ -40,6 +43,21 @@ fn tenant(n: u8) -> Tenant {
     Tenant { name: format!("tenant{n}").into(), key: TenantKey::new([n; 32]) }
 }
 
+#[derive(Debug, Clone)]
+struct PutAsked {
+    token: u64,
+    record: SsdRecord,
+    offset: u64,
+    durable: bool,
+}
+
+#[derive(Debug, Clone)]
+struct GetAsked {
+    token: u64,
+    key: [u8; 32],
+    offset: u64,
+}
+
 /// The core with everything around it that a test needs.
 struct Rig {
     core: Core,
@@ -52,7 +70,12 @@ struct Rig {
     leased: HashMap<u64, (LeaseId, u32)>,
     /// Of the last lease, run by run.
     runs: Vec<u32>,
-    present: HashSet<(Arc<str>, IndexKey)>,
+    /// With the tiers.
+    present: HashMap<(Arc<str>, IndexKey), u8>,
+    puts: VecDeque<PutAsked>,
+    gets: VecDeque<GetAsked>,
+    /// What the SSD has.
+    disk: HashMap<[u8; 32], SsdRecord>,
     ended: Vec<SessionId>,
     unregistered: Vec<u64>,
     errors: Vec<String>,
@@ -61,6 +84,10 @@ struct Rig {
 
 impl Rig {
     fn new(pool_records: u64) -> Self {
+        Self::with(pool_records, None)
+    }
+
+    fn with(pool_records: u64, ssd: Option<SsdLimits>) -> Self {
         let pool_bytes = pool_records * RECORD;
         let core = Core::new(Limits {
             pool_bytes,
@@ -70,6 +97,7 @@ impl Rig {
             lease_ns: 30 * SECOND,
             lease_seed: [1; 32],
             generation: [2; 16],
+            ssd,
         });
         Self {
             core,
@@ -81,7 +109,10 @@ impl Rig {
             done: Vec::new(),
             leased: HashMap::new(),
             runs: Vec::new(),
-            present: HashSet::new(),
+            present: HashMap::new(),
+            puts: VecDeque::new(),
+            gets: VecDeque::new(),
+            disk: HashMap::new(),
             ended: Vec::new(),
             unregistered: Vec::new(),
             errors: Vec::new(),
@@ -109,14 +140,25 @@ impl Rig {
                     self.runs = blocks;
                     self.leased.insert(request, (lease, self.runs.iter().sum()));
                 }
-                Action::TableSet { tenant, key } => assert!(self.present.insert((tenant, key)), "set twice"),
+                Action::TableSet { tenant, key, tiers } => {
+                    let before = self.present.insert((tenant, key), tiers);
+                    assert!(before.is_none() || self.core.ssd.is_some(), "set twice");
+                }
                 Action::TableRemove { tenant, key } => {
-                    assert!(self.present.remove(&(tenant, key)), "not there")
+                    assert!(self.present.remove(&(tenant, key)).is_some(), "not there")
                 }
                 Action::SessionEnded { session } => self.ended.push(session),
                 Action::Unregistered { request, .. } => self.unregistered.push(request),
                 Action::ProtocolError { text, .. } => self.errors.push(text),
                 Action::Drained => self.drained = true,
+                Action::SsdPut { token, record, offset, durable } => {
+                    self.puts.push_back(PutAsked { token, record: *record, offset, durable });
+                }
+                Action::SsdGet { token, key, offset, bytes } => {
+                    assert_eq!(bytes, self.disk.get(&key).map_or(bytes, |record| record.bytes));
+                    assert!(self.gets.iter().all(|get| get.key != key), "two reads of one record");
+                    self.gets.push_back(GetAsked { token, key, offset });
+                }
                 Action::NamespaceOpened { .. } | Action::CancelCopy { .. } => {}
             }
         }
@@ -167,12 +209,50 @@ impl Rig {
     }
 
     fn lease(&mut self, engine: &Engine, hashes: impl Iterator<Item = u32>) -> (LeaseId, u32) {
+        let request = self.ask(engine, hashes);
+        self.leased[&request]
+    }
+
+    /// Asks for a lease; the answer may come later.
+    fn ask(&mut self, engine: &Engine, hashes: impl IntoIterator<Item = u32>) -> u64 {
         self.jobs += 1;
         let request = self.jobs;
-        let hashes: Vec<_> = hashes.map(hash).collect();
+        let hashes: Vec<_> = hashes.into_iter().map(hash).collect();
         let runs = vec![LeaseRun { space: engine.space, count: hashes.len() as u32 }];
         self.apply(Event::Lease { session: engine.scheduler, request, runs, hashes });
-        self.leased[&request]
+        request
+    }
+
+    /// Ends the oldest write to the SSD.
+    fn put(&mut self, ending: PutEnding) {
+        let PutAsked { token, record, .. } = self.puts.pop_front().expect("a write");
+        if ending == PutEnding::Stored {
+            self.disk.insert(record.key, record);
+        }
+        self.apply(Event::SsdPutEnded { token, ending });
+    }
+
+    fn put_all(&mut self) {
+        while !self.puts.is_empty() {
+            self.put(PutEnding::Stored);
+        }
+    }
+
+    /// Ends the oldest read from the SSD: well, or as said.
+    fn get(&mut self, bad: Option<GetEnding>) {
+        let GetAsked { token, key, .. } = self.gets.pop_front().expect("a read");
+        let there = self.disk.get(&key).map(|record| GetEnding::Loaded(record.checksum));
+        let ending = bad.or(there).unwrap_or(GetEnding::Gone);
+        if matches!(ending, GetEnding::Corrupt | GetEnding::Gone) {
+            self.disk.remove(&key);
+        }
+        self.apply(Event::SsdGetEnded { token, ending });
+    }
+
+    fn get_all(&mut self) {
+        while !self.gets.is_empty() {
+            self.get(None);
+        }
     }
 
     fn load(&mut self, engine: &Engine, lease: LeaseId, first: u32, hashes: std::ops::Range<u32>) -> JobId {

@@ -10,7 +10,7 @@ use crate::{
     ids::{JobId, LeaseId, NamespaceId, SessionId},
     jobs::Job,
     key::BlockKey,
-    store::{NewRecord, Record, RecordId, State},
+    store::{NewRecord, RecordId, State},
 };
 
 impl Core {
@@ -96,10 +96,11 @@ impl Core {
         let mut items = Vec::new();
         let mut evicted = Vec::new();
         {
-            let Self { sessions, store, counters, limits, .. } = self;
+            let Self { sessions, store, ssd, counters, limits, .. } = self;
             let Some(owner) = sessions.get_mut(&session) else { return };
             let Some(registration) = &owner.registration else { return };
             let seed = owner.tenant.key.index_seed(&limits.generation);
+            let on_ssd = |key: &BlockKey| ssd.as_ref().is_some_and(|ssd| ssd.contains(key));
             let mut rest = save.hashes.iter().zip(save.blocks);
             'runs: for (run, index) in runs.iter().zip(&groups) {
                 let group = &registration.groups[usize::from(*index)];
@@ -107,7 +108,8 @@ impl Core {
                 let mut parent = run.parent.as_ref().map(key_of);
                 for (hash, block) in rest.by_ref().take(run.count as usize) {
                     let key = key_of(hash);
-                    if store.find(&key).is_some() {
+                    // What is on the SSD only is stored, too.
+                    if store.find(&key).is_some() || on_ssd(&key) {
                         counters.blocks_deduplicated += 1;
                         parent = Some(key);
                         continue;
@@ -115,6 +117,8 @@ impl Core {
                     let new = NewRecord {
                         key,
                         index: IndexKey::new(seed, &run.space.0, hash),
+                        space: run.space,
+                        hash: *hash,
                         tenant: Arc::clone(&owner.tenant.name),
                         format: Arc::clone(&group.format),
                         bytes: group.record_bytes,
@@ -166,13 +170,6 @@ impl Core {
         actions.push(Action::Copy { session, job, direction, items, event });
     }
 
-    fn announce_evictions(&mut self, evicted: &[Record], actions: &mut Vec<Action>) {
-        self.counters.evictions += evicted.len() as u64;
-        for record in evicted {
-            actions.push(Action::TableRemove { tenant: Arc::clone(&record.tenant), key: record.index });
-        }
-    }
-
     pub(super) fn load(
         &mut self,
         load: &Submitted<'_>,
@@ -219,13 +216,14 @@ impl Core {
         let mut items = Vec::with_capacity(load.hashes.len());
         let mut rest = load.hashes.iter().zip(load.blocks);
         for (run, group) in runs.iter().zip(groups) {
-            let format = &registration.groups[usize::from(*group)].format;
+            let wanted = &registration.groups[usize::from(*group)];
             let leased = lease.part(run.run, run.first, run.count, run.space).ok_or(Refusal::Lease)?;
             // The leased records first: a zip that ends with its second half would eat one of the first.
             for (id, (hash, block)) in leased.iter().zip(rest.by_ref()) {
                 let record = self.store.get(*id).ok_or(Refusal::Lease)?;
                 let key = BlockKey::new(&owner.tenant.key, run.space, 0, hash);
-                if record.key != key || record.format != *format {
+                let fits = record.format == wanted.format && record.bytes == wanted.record_bytes;
+                if record.key != key || !fits {
                     return Err(Refusal::Identity);
                 }
                 if record.state != State::Published {
@@ -284,11 +282,17 @@ impl Core {
             if let Some(record) = self.store.publish(*id, checksum) {
                 self.counters.bytes_saved += record.bytes;
                 blocks += 1;
-                actions.push(Action::TableSet { tenant: Arc::clone(&record.tenant), key: record.index });
+                let (key, tenant, index) = (record.key, Arc::clone(&record.tenant), record.index);
+                self.announce(&key, &tenant, index, actions);
             }
             self.store.touch(*id);
         }
         self.counters.blocks_saved += u64::from(blocks);
+        running.writes_left = self.offer((session, job), &running.records);
+        if running.writes_left > 0 {
+            self.jobs.insert((session, job), running);
+            return;
+        }
         self.finish(session, job, &running, Outcome::Done, blocks, actions);
     }
 
@@ -315,8 +319,9 @@ impl Core {
                 BlockOutcome::Copied(_) => loaded += 1,
                 BlockOutcome::Corrupt => {
                     self.counters.checksum_failures += 1;
-                    if let Some((tenant, key)) = self.store.retire(*id) {
-                        actions.push(Action::TableRemove { tenant, key });
+                    if let Some((key, tenant, index)) = self.store.retire(*id) {
+                        // A copy on the SSD is proved when it is read.
+                        self.announce(&key, &tenant, index, actions);
                     }
                 }
                 BlockOutcome::Unreachable | BlockOutcome::Skipped => {}
@@ -339,7 +344,7 @@ impl Core {
         self.finish(session, job, &running, outcome, loaded as u32, actions);
     }
 
-    fn finish(
+    pub(super) fn finish(
         &mut self,
         session: SessionId,
         job: JobId,

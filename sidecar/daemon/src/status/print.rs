@@ -11,6 +11,7 @@ pub fn print(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> 
     sessions(report, out)?;
     work(report, out)?;
     report.tiers.iter().try_for_each(|tier| self::tier(tier, out))?;
+    report.ssd.print(out)?;
     faults(report, out)
 }
 
@@ -146,7 +147,7 @@ fn duration(seconds: u64) -> String {
 }
 
 /// Peers choose some of these strings; a terminal must not obey them.
-fn safe(text: &str) -> String {
+pub(super) fn safe(text: &str) -> String {
     let shown = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().take(200).map(shown).collect()
 }

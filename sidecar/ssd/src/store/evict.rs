@@ -1,10 +1,10 @@
 //! Making room: a whole segment goes, what is hot in it is written again first.
 
-use super::{DropReason, Location, Owner, Pending, Put, State, Store};
+use super::{DropReason, Location, Owner, Pending, Put, Source, State, Store};
 use crate::{
     device::{IoError, Part, What},
     error::GetError,
-    format::{Asked, RecordKey, SECTOR},
+    format::{Asked, OVERHEAD, RecordKey, SECTOR, padded},
     memory::Aligned,
 };
 
@@ -34,7 +34,7 @@ impl Store {
         let keys: Vec<RecordKey> = self.live_keys(shelf, victim).collect();
         for key in keys {
             let Some(location) = self.index.get(&key).copied() else { continue };
-            let bytes = location.bytes + crate::format::OVERHEAD;
+            let bytes = padded(location.bytes) + OVERHEAD;
             if bytes <= room && !self.shelves[shelf].read_only && keep(&key) {
                 room -= bytes;
                 self.shelves[shelf].relocate.push_back((key, location));
@@ -80,10 +80,15 @@ impl Store {
             Ok(()) => Self::header_of(asked, &parts).map_err(GetError::Corrupt),
         };
         match (header, parts.pop()) {
-            (Ok(header), Some(source)) => {
+            (Ok(header), Some(Part::Owned(payload))) => {
                 self.shelves[shelf].load += header.meta.footprint();
                 // Durable: the old copy may be one that was acknowledged as such.
-                let put = Put { owner: Owner::Relocation(from), meta: header.meta, source, durable: true };
+                let put = Put {
+                    owner: Owner::Relocation(from),
+                    meta: header.meta,
+                    source: Source::Owned(payload),
+                    durable: true,
+                };
                 self.shelves[shelf].queue.push_front(put);
             }
             (header, _) => {
