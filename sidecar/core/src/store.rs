@@ -42,9 +42,18 @@ pub(crate) struct Record {
     extent: Extent,
     pub(crate) parent: Option<BlockKey>,
     pins: u32,
-    touch: u64,
-    /// Its entry in `evictable`, if it has one.
-    queued: Option<u64>,
+    /// Leases that found it. That it was written, or came once more with a save, is no use.
+    uses: u32,
+    due: Due,
+    /// Whether it is among `evictable`.
+    queued: bool,
+}
+
+/// Which record goes first: the one whose bought time is over first; among equals the least recently touched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Due {
+    at: u64,
+    touched: u64,
 }
 
 impl Record {
@@ -94,11 +103,18 @@ pub(crate) struct Store {
     by_key: KeyMap<RecordId>,
     /// Records (written or being written) whose parent is this key.
     children: KeyMap<u32>,
-    /// Published, unpinned leaves by age: what may go, oldest first.
-    evictable: BTreeSet<(u64, RecordId)>,
+    /// Published, unpinned leaves: what may go, in that order.
+    evictable: BTreeSet<(Due, RecordId)>,
+    /// Counts the KiB of the records that were written or found: so it goes on by the pool's length while all of
+    /// the pool is touched once, whatever the records' sizes. It lasts for a century at 4 TiB/s.
     clock: u64,
+    pool_kib: u64,
     pub(crate) used_bytes: u64,
     pub(crate) pinned_bytes: u64,
+}
+
+fn kib(bytes: u64) -> u64 {
+    bytes >> 10
 }
 
 impl Store {
@@ -112,6 +128,7 @@ impl Store {
             children: KeyMap::default(),
             evictable: BTreeSet::new(),
             clock: 0,
+            pool_kib: kib(pool_bytes),
             used_bytes: 0,
             pinned_bytes: 0,
         }
@@ -147,7 +164,7 @@ impl Store {
             if let Some(extent) = self.pool.allocate(new.bytes) {
                 break extent;
             }
-            match self.evict_oldest() {
+            match self.evict_first() {
                 Some(record) => evicted.push(record),
                 None => {
                     self.remove_child(new.parent.as_ref());
@@ -155,7 +172,7 @@ impl Store {
                 }
             }
         };
-        self.clock += 1;
+        let due = self.due(new.bytes, 0);
         let record = Record {
             key: new.key,
             index: new.index,
@@ -169,8 +186,9 @@ impl Store {
             extent,
             parent: new.parent,
             pins: 0,
-            touch: self.clock,
-            queued: None,
+            uses: 0,
+            due,
+            queued: false,
         };
         self.used_bytes += record.bytes;
         let id = match self.vacant.pop() {
@@ -187,7 +205,7 @@ impl Store {
         Some(id)
     }
 
-    fn evict_oldest(&mut self) -> Option<Record> {
+    fn evict_first(&mut self) -> Option<Record> {
         let (_, id) = *self.evictable.first()?;
         self.remove(id)
     }
@@ -195,8 +213,8 @@ impl Store {
     /// Takes a record out whatever its state, and frees its bytes.
     fn remove(&mut self, id: RecordId) -> Option<Record> {
         let record = self.arena.get_mut(id.0 as usize)?.take()?;
-        if let Some(touch) = record.queued {
-            self.evictable.remove(&(touch, id));
+        if record.queued {
+            self.evictable.remove(&(record.due, id));
         }
         if self.by_key.get(&record.key) == Some(&id) {
             self.by_key.remove(&record.key);
@@ -237,20 +255,38 @@ impl Store {
         Some(gone)
     }
 
+    /// A lease found the record.
     pub(crate) fn touch(&mut self, id: RecordId) {
-        self.clock += 1;
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        record.uses = record.uses.saturating_add(1);
+        let (bytes, uses) = (record.bytes, record.uses);
+        // Its place among the evictable ones goes by what it was due before.
+        if std::mem::take(&mut record.queued) {
+            self.evictable.remove(&(record.due, id));
+        }
+        let due = self.due(bytes, uses);
         if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            record.touch = self.clock;
+            record.due = due;
         }
         self.requeue(id);
     }
 
-    /// The first to go, until it is touched.
+    /// The first to go, until a lease finds it again.
     pub(crate) fn age(&mut self, id: RecordId) {
-        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            record.touch = 0;
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        if std::mem::take(&mut record.queued) {
+            self.evictable.remove(&(record.due, id));
         }
+        record.due = Due { at: 0, touched: 0 };
         self.requeue(id);
+    }
+
+    /// LRU in which hits buy time: with every doubling of uses + 1 a record stays for as long again as it takes to
+    /// touch the whole pool once. docs/decisions/008 says why.
+    fn due(&mut self, bytes: u64, uses: u32) -> Due {
+        self.clock += kib(bytes).max(1);
+        let bought = self.pool_kib as f64 * (f64::from(uses) + 1.0).log2();
+        Due { at: self.clock + bought as u64, touched: self.clock }
     }
 
     pub(crate) fn pin(&mut self, id: RecordId) {
@@ -307,17 +343,15 @@ impl Store {
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
         let may_go =
             record.state == State::Published && record.pins == 0 && !self.children.contains_key(&record.key);
-        let place = may_go.then_some(record.touch);
-        if place == record.queued {
+        if may_go == record.queued {
             return;
         }
-        if let Some(touch) = record.queued {
-            self.evictable.remove(&(touch, id));
+        record.queued = may_go;
+        if may_go {
+            self.evictable.insert((record.due, id));
+        } else {
+            self.evictable.remove(&(record.due, id));
         }
-        if let Some(touch) = place {
-            self.evictable.insert((touch, id));
-        }
-        record.queued = place;
     }
 
     /// Checks what must always hold; for tests.
@@ -338,11 +372,15 @@ impl Store {
             let may_go = record.state == State::Published
                 && record.pins == 0
                 && !self.children.contains_key(&record.key);
-            assert_eq!(record.queued.is_some(), may_go, "{record:?}");
+            assert_eq!(record.queued, may_go, "{record:?}");
+            assert_eq!(self.evictable.contains(&(record.due, id)), may_go, "{record:?}");
         }
         assert_eq!((used, pinned), (self.used_bytes, self.pinned_bytes));
         assert_eq!(children.len(), self.children.len());
         assert!(children.iter().all(|(key, count)| self.children.get(key) == Some(count)));
-        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued.is_some()).count());
+        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued).count());
     }
 }
+
+#[cfg(test)]
+mod tests;
