@@ -31,7 +31,7 @@ use crate::{
     events::Events,
     link::{Attached, Half, Health, Link, Options},
     outbox::Outbox,
-    registration::{Memory, Registration, RegistrationError},
+    registration::{Registration, RegistrationError},
 };
 
 /// For how long after its registration block 0 is taken to hold the canary.
@@ -219,15 +219,15 @@ impl WorkerClient {
         Ok(Self { shared, link: Link::start(options, half, outbox, health) })
     }
 
-    /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary now. Device
-    /// memory gets a pool of `events` events: so many jobs may run at a time.
+    /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary that was compared
+    /// last. Device memory gets a pool of `events` events: so many jobs may run at a time.
     ///
     /// # Errors
-    /// Where the layout is not covered or the canary is not where it should be (I10).
+    /// Where a group's canary was not compared, or groups and namespaces do not go together (I10).
     pub fn register(&self, registration: Registration, events: usize) -> Result<(), RegistrationError> {
-        registration.check()?;
+        registration.is_complete(self.shared.namespaces.len())?;
         let mut state = self.shared.state();
-        if matches!(registration.memory, Memory::Device(_)) {
+        if registration.is_device() {
             state.cuda_events.grow(events)?;
         }
         state.registration = Some(registration);
@@ -572,7 +572,7 @@ impl Shared {
         let fresh = !state.submitted && state.registered_at.is_some_and(|at| at.elapsed() < CANARY_FRESH);
         state.presented_fresh = fresh;
         let Some(registration) = &state.registration else { return Ok(()) };
-        let mapped = matches!(registration.memory, Memory::Device(_));
+        let mapped = registration.is_device();
         let fds = registration.fds().map_err(|error| error.to_string())?;
         let events = state.cuda_events.handles();
         let message = Message::Register(registration.message(request, &self.namespaces, fresh, events));

@@ -89,7 +89,7 @@ text! {
     ReleaseRef:; SaveRef:; LoadRef:; CancelRef:; PingRef:; PongRef:; ByeRef:; StatusQueryRef:; StatusRef:;
     UnregisterRef:; UnregisteredRef:;
     OpenNamespaceRef: keys values;
-    RegisterRef: keys values layer_names;
+    RegisterRef: keys values page_packings layer_names;
 }
 
 messages! {

@@ -3,11 +3,21 @@
 //! Importing it starts no thread, opens no file and needs no CUDA. No method raises
 //! because of the sidecar; `ValueError` says that an argument is wrong on its face.
 
-use std::{collections::HashMap, os::fd::BorrowedFd, path::PathBuf, time::Duration};
+use std::{
+    collections::HashMap,
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use pillion_client::{
     DeviceMemory, ForeignStream, JobEvent, LoadJob, LoadRun, Memory, Options, Registration, SaveJob, SaveRun,
-    Tensor,
+    Worker,
+    vllm::{
+        KvCacheTensor,
+        groups::{Group, Pages},
+    },
 };
 use pyo3::{
     exceptions::{PyOSError, PyValueError},
@@ -209,9 +219,78 @@ impl SchedulerClient {
     }
 }
 
+/// A KVCacheTensor with the spec of its layers.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct PagesOfGroup {
+    size: u64,
+    offset: u64,
+    layer_stride: u64,
+    block_stride: u64,
+    layers: Vec<String>,
+    heads: u32,
+    states: u32,
+    content_bytes: u32,
+    page_bytes: u64,
+    kernel_blocks: u32,
+    packing: String,
+}
+
+/// One KV cache group.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct GroupOfWorker {
+    block_tokens: u32,
+    pages: Vec<PagesOfGroup>,
+}
+
+fn wrong(error: impl ToString) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+fn group_of(group: GroupOfWorker) -> PyResult<Group> {
+    let pages = |pages: PagesOfGroup| {
+        let PagesOfGroup { size, offset, layer_stride, block_stride, layers, .. } = pages;
+        Ok(Pages {
+            tensor: KvCacheTensor { size, offset, layer_stride, block_stride, layers },
+            heads: pages.heads,
+            states: pages.states,
+            content_bytes: pages.content_bytes,
+            page_bytes: pages.page_bytes,
+            kernel_blocks: pages.kernel_blocks,
+            packing: pages.packing.parse().map_err(wrong)?,
+        })
+    };
+    let pages = group.pages.into_iter().map(pages).collect::<PyResult<_>>()?;
+    Ok(Group { block_tokens: group.block_tokens, pages })
+}
+
+fn memory(memory_bytes: u64, memfd: i32, base: u64, cuda: bool) -> PyResult<Memory> {
+    if cuda {
+        return Ok(Memory::Device(DeviceMemory::export(base, memory_bytes).map_err(wrong)?));
+    }
+    if memfd < 0 {
+        return Ok(Memory::Process { base });
+    }
+    // SAFETY: the caller keeps the descriptor open during the call; it is duplicated here.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(memfd) };
+    let owned = borrowed.try_clone_to_owned();
+    Ok(Memory::Memfd(owned.map_err(|error| wrong(format!("memfd {memfd}: {error}")))?))
+}
+
 /// A worker's half.
 #[pyclass(frozen, module = "pillion._native")]
-struct WorkerClient(pillion_client::WorkerClient);
+struct WorkerClient {
+    client: pillion_client::WorkerClient,
+    /// What was described and not registered yet.
+    described: Mutex<Option<Registration>>,
+}
+
+impl WorkerClient {
+    fn described(&self) -> MutexGuard<'_, Option<Registration>> {
+        self.described.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 #[pymethods]
 impl WorkerClient {
@@ -226,94 +305,74 @@ impl WorkerClient {
         grace_ms: u64,
     ) -> PyResult<Self> {
         let options = options(socket, engine_id, tenant, namespaces, launch, grace_ms)?;
-        pillion_client::WorkerClient::new(options)
-            .map(Self)
-            .map_err(|error| PyOSError::new_err(error.to_string()))
+        let client = pillion_client::WorkerClient::new(options);
+        let client = client.map_err(|error| PyOSError::new_err(error.to_string()))?;
+        Ok(Self { client, described: Mutex::default() })
     }
 
-    #[pyo3(signature = (*, layout, num_blocks, block_tokens, dtype, kind, heads, states, content_bytes, page_bytes,
-                        tensors, memory_bytes, canary_seed, memfd = -1, base = 0, cuda = false, events = 512))]
+    /// Describes the KV memory: a device's, that of a memfd, or this process's own at an address. See
+    /// `layouts/src/vllm/grammar.rs` for packings.
+    #[pyo3(signature = (*, layout, num_blocks, memory_bytes, rank, world, groups, memfd = -1, base = 0, cuda = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python interface")]
-    fn register(
+    fn describe(
         &self,
         layout: String,
         num_blocks: u64,
-        block_tokens: u32,
-        dtype: String,
-        kind: String,
-        heads: u32,
-        states: u32,
-        content_bytes: u32,
-        page_bytes: u64,
-        tensors: Vec<(u64, u64, u64, u64, Vec<String>)>,
         memory_bytes: u64,
-        canary_seed: u64,
+        rank: u32,
+        world: u32,
+        groups: Vec<GroupOfWorker>,
         memfd: i32,
         base: u64,
         cuda: bool,
-        events: usize,
     ) -> PyResult<()> {
+        let groups = groups.into_iter().map(group_of).collect::<PyResult<_>>()?;
+        let worker = Worker { order: layout, num_blocks, memory_bytes, rank, world, groups };
+        let memory = memory(memory_bytes, memfd, base, cuda)?;
+        *self.described() = Some(Registration::new(worker, memory).map_err(wrong)?);
+        Ok(())
+    }
+
+    /// Compares block 0, read as a group's was described, with the canary that was just written there.
+    fn check_canary(&self, py: Python<'_>, group: usize, seed: u64) -> PyResult<()> {
+        py.detach(|| match self.described().as_mut() {
+            Some(registration) => registration.check_canary(group, seed).map_err(wrong),
+            None => Err(wrong("expected a description of the KV memory before its canary")),
+        })
+    }
+
+    /// Presents what was described, now and at every later attachment. Block 0 must still hold the canary that was
+    /// compared last.
+    #[pyo3(signature = (*, events = 512))]
+    fn register(&self, events: usize) -> PyResult<()> {
         if !(1..=EVENTS_MAX).contains(&events) {
-            return Err(PyValueError::new_err(format!("expected 1 to {EVENTS_MAX} events, got {events}")));
+            return Err(wrong(format!("expected 1 to {EVENTS_MAX} events, got {events}")));
         }
-        let memory = if cuda {
-            let exported = DeviceMemory::export(base, memory_bytes);
-            Memory::Device(exported.map_err(|error| PyValueError::new_err(error.to_string()))?)
-        } else if memfd >= 0 {
-            // SAFETY: the caller keeps the descriptor open during the call; it is duplicated here.
-            let borrowed = unsafe { BorrowedFd::borrow_raw(memfd) };
-            let owned = borrowed.try_clone_to_owned();
-            Memory::Memfd(owned.map_err(|error| PyValueError::new_err(format!("memfd {memfd}: {error}")))?)
-        } else {
-            Memory::Process { base }
-        };
-        let tensors = tensors
-            .into_iter()
-            .map(|(size, offset, layer_stride, block_stride, layers)| Tensor {
-                size,
-                offset,
-                layer_stride,
-                block_stride,
-                layers,
-            })
-            .collect();
-        let registration = Registration {
-            layout,
-            kind,
-            dtype,
-            num_blocks,
-            block_tokens,
-            heads,
-            states,
-            content_bytes,
-            page_bytes,
-            tensors,
-            memory_bytes,
-            memory,
-            canary_seed,
-        };
-        self.0.register(registration, events).map_err(|error| PyValueError::new_err(error.to_string()))
+        let registration = self.described().take();
+        let registration = registration
+            .ok_or_else(|| wrong("expected a description of the KV memory before its registration"))?;
+        self.client.register(registration, events).map_err(wrong)
     }
 
     fn canary_over(&self) {
-        self.0.canary_over();
+        self.client.canary_over();
     }
 
     #[pyo3(signature = (wait_ms = 2000))]
     fn unregister(&self, py: Python<'_>, wait_ms: u64) -> bool {
-        py.detach(|| self.0.unregister(Duration::from_millis(wait_ms)))
+        py.detach(|| self.client.unregister(Duration::from_millis(wait_ms)))
     }
 
     fn ready(&self) -> bool {
-        self.0.ready()
+        self.client.ready()
     }
 
     fn status(&self) -> String {
-        self.0.status()
+        self.client.status()
     }
 
     fn canary_checked(&self) -> bool {
-        self.0.canary_checked()
+        self.client.canary_checked()
     }
 
     /// `spaces`: the namespace ids of all groups; `runs`: (group, run of the lease, its first block, blocks).
@@ -338,7 +397,7 @@ impl WorkerClient {
         counted(runs.iter().map(|run| run.count), &blocks)?;
         let (hashes, deadline) = (hashes.to_vec(), Duration::from_millis(deadline_ms));
         let stream = foreign(stream);
-        self.0.submit_load(LoadJob { job, lease, runs, hashes, blocks, deadline, stream });
+        self.client.submit_load(LoadJob { job, lease, runs, hashes, blocks, deadline, stream });
         Ok(())
     }
 
@@ -371,7 +430,7 @@ impl WorkerClient {
         counted(runs.iter().map(|run| run.count), &blocks)?;
         let (hashes, deadline) = (hashes.to_vec(), Duration::from_millis(deadline_ms));
         let stream = foreign(stream);
-        self.0.submit_save(SaveJob { job, runs, hashes, blocks, deadline, stream });
+        self.client.submit_save(SaveJob { job, runs, hashes, blocks, deadline, stream });
         Ok(())
     }
 
@@ -379,19 +438,19 @@ impl WorkerClient {
         let event = |event: JobEvent| {
             (PyBytes::new(py, &event.job), event.outcome as u8, event.quiesced, event.blocks)
         };
-        self.0.poll().into_iter().map(event).collect()
+        self.client.poll().into_iter().map(event).collect()
     }
 
     fn unquiesced(&self) -> usize {
-        self.0.unquiesced()
+        self.client.unquiesced()
     }
 
     fn counters(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
-        counters(py, self.0.counters())
+        counters(py, self.client.counters())
     }
 
     fn close(&self) {
-        self.0.close();
+        self.client.close();
     }
 }
 

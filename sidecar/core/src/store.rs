@@ -260,24 +260,17 @@ impl Store {
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
         record.uses = record.uses.saturating_add(1);
         let (bytes, uses) = (record.bytes, record.uses);
+        let due = self.due(bytes, uses);
+        self.set_due(id, due);
+    }
+
+    fn set_due(&mut self, id: RecordId, due: Due) {
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
         // Its place among the evictable ones goes by what it was due before.
         if std::mem::take(&mut record.queued) {
             self.evictable.remove(&(record.due, id));
         }
-        let due = self.due(bytes, uses);
-        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            record.due = due;
-        }
-        self.requeue(id);
-    }
-
-    /// The first to go, until a lease finds it again.
-    pub(crate) fn age(&mut self, id: RecordId) {
-        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
-        if std::mem::take(&mut record.queued) {
-            self.evictable.remove(&(record.due, id));
-        }
-        record.due = Due { at: 0, touched: 0 };
+        record.due = due;
         self.requeue(id);
     }
 
@@ -287,6 +280,11 @@ impl Store {
         self.clock += kib(bytes).max(1);
         let bought = self.pool_kib as f64 * (f64::from(uses) + 1.0).log2();
         Due { at: self.clock + bought as u64, touched: self.clock }
+    }
+
+    /// The first to go, until it is touched.
+    pub(crate) fn age(&mut self, id: RecordId) {
+        self.set_due(id, Due { at: 0, touched: 0 });
     }
 
     pub(crate) fn pin(&mut self, id: RecordId) {

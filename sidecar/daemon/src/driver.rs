@@ -89,7 +89,8 @@ pub struct View {
     pub since: Instant,
     pub layout: Option<String>,
     pub num_blocks: u64,
-    pub record_bytes: u64,
+    /// One per group.
+    pub record_bytes: Vec<u64>,
     pub canary: Option<&'static str>,
     pub refused: Option<String>,
 }
@@ -122,13 +123,6 @@ impl Mover {
         match self {
             Self::Host(copier) => copier.way(),
             Self::Device { lanes, .. } => lanes.way(),
-        }
-    }
-
-    fn record_bytes(&self) -> u64 {
-        match self {
-            Self::Host(copier) => copier.record_bytes(),
-            Self::Device { lanes, .. } => lanes.record_bytes(),
         }
     }
 
@@ -278,7 +272,7 @@ impl Driver {
             since: Instant::now(),
             layout: None,
             num_blocks: 0,
-            record_bytes: 0,
+            record_bytes: Vec::new(),
             canary: None,
             refused: None,
         };
@@ -389,19 +383,16 @@ impl Driver {
     /// A worker's memory can be moved from now on.
     pub fn registered(&mut self, session: SessionId, request: u64, registered: Registered) {
         let Registered { mover, registration, layout, canary } = registered;
+        let record_bytes: Vec<u64> = registration.groups.iter().map(|group| group.record_bytes).collect();
         if let Some(live) = self.sessions.get_mut(&session) {
             live.view.layout = Some(layout);
             live.view.num_blocks = registration.num_blocks;
-            live.view.record_bytes = record_bytes(&registration);
+            live.view.record_bytes.clone_from(&record_bytes);
             live.view.canary = Some(canary);
             live.view.refused = None;
             live.mover = Some(mover);
         }
-        let answer = wire::Registered {
-            request,
-            record_bytes: record_bytes(&registration),
-            format: registration.groups.iter().map(|group| &*group.format).collect::<Vec<_>>().join("\n"),
-        };
+        let answer = wire::Registered { request, record_bytes };
         self.apply(Event::Registered { session, registration });
         self.send(session, &Message::Registered(answer));
     }
@@ -555,7 +546,8 @@ impl Driver {
         let Some(live) = self.sessions.get_mut(&session) else { return };
         let Some(mover) = &live.mover else { return };
         let cancelled = Arc::new(AtomicBool::new(false));
-        let bytes = items.len() as u64 * mover.record_bytes();
+        let of_item = |item: &pillion_core::CopyItem| live.view.record_bytes.get(usize::from(item.group));
+        let bytes = items.iter().filter_map(of_item).sum();
         let running = Running { cancelled: Arc::clone(&cancelled), begun: Instant::now(), direction, bytes };
         live.running.insert(job, running);
         match mover {
@@ -735,11 +727,6 @@ impl Live {
             }
         }
     }
-}
-
-/// Bytes of one block in all groups.
-fn record_bytes(registration: &pillion_core::Registration) -> u64 {
-    registration.groups.iter().map(|group| group.record_bytes).sum()
 }
 
 fn metrics_direction(direction: Direction) -> metrics::Direction {

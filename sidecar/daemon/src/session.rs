@@ -525,7 +525,7 @@ fn registered_or_refused(
                 session = session.0,
                 layout = registered.layout,
                 blocks = registration.num_blocks,
-                record_bytes = registration.groups.iter().map(|group| group.record_bytes).sum::<u64>(),
+                record_bytes = ?registration.groups.iter().map(|group| group.record_bytes).collect::<Vec<_>>(),
                 way = registered.mover.way(),
                 canary = registered.canary,
                 "registered"

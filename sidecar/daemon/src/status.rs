@@ -119,8 +119,8 @@ pub struct RegistrationStatus {
     pub layout: String,
     /// Blocks of its KV cache.
     pub blocks: u64,
-    /// Bytes of one block.
-    pub block_bytes: u64,
+    /// Bytes of one block, by KV cache group.
+    pub block_bytes: Vec<u64>,
     /// How the layout was proved: "compared", or "presented" at a re-attachment.
     pub canary: String,
 }

@@ -73,8 +73,12 @@ fn session_line(it: &SessionStatus) -> String {
     );
     if let Some(memory) = &it.registration {
         let (path, layout, canary) = (safe(&memory.path), safe(&memory.layout), safe(&memory.canary));
-        let (blocks, bytes) = (memory.blocks, approximate(memory.block_bytes));
-        line += &format!("; {path} {layout}, {blocks} blocks of {bytes}, canary {canary}");
+        let bytes: Vec<String> = memory.block_bytes.iter().map(|bytes| approximate(*bytes)).collect();
+        let bytes = match bytes.as_slice() {
+            [one] => one.clone(),
+            groups => format!("{} groups ({})", groups.len(), groups.join(", ")),
+        };
+        line += &format!("; {path} {layout}, {} blocks of {bytes}, canary {canary}", memory.blocks);
     }
     if let Some(reason) = &it.refused {
         line += &format!("; REFUSED, runs uncached: {}", safe(reason));

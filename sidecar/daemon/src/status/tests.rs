@@ -73,7 +73,7 @@ fn report() -> StatusReport {
                     path: "memfd".to_owned(),
                     layout: "LBHNC".to_owned(),
                     blocks: 512,
-                    block_bytes: 4096,
+                    block_bytes: vec![4096],
                     canary: "compared".to_owned(),
                 }),
             },
