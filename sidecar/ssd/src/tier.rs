@@ -125,8 +125,8 @@ enum Message {
 pub struct Hooks {
     /// Outcomes and drops, one [`Action`] each; never operations.
     pub tell: Box<dyn FnMut(Action) + Send>,
-    /// Whether a record of a segment that is evicted is to be kept.
-    pub keep: Box<dyn FnMut(&RecordKey) -> bool + Send>,
+    /// Whether a record of a segment that is evicted is to be kept; told whether it was read since it was written.
+    pub keep: Box<dyn FnMut(&RecordKey, bool) -> bool + Send>,
 }
 
 /// A running tier. Dropping it ends what is in flight and seals what is open.

@@ -9,7 +9,7 @@ mod tests;
 mod write;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -224,6 +224,8 @@ pub struct Life<'a> {
 pub struct Store {
     shelves: Vec<Shelf>,
     index: HashMap<RecordKey, Location>,
+    /// Of these, what was read since it was written.
+    read: HashSet<RecordKey>,
     /// Keys that wait or are being written, each with its put's token.
     writing: HashMap<RecordKey, u64>,
     pending: HashMap<u64, (u16, u32, Pending)>,
@@ -257,6 +259,7 @@ impl Store {
         Self {
             shelves: directories.iter().map(|(block, slots)| Shelf::new(*block, *slots)).collect(),
             index: HashMap::new(),
+            read: HashSet::new(),
             writing: HashMap::new(),
             pending: HashMap::new(),
             actions: VecDeque::new(),
@@ -454,6 +457,7 @@ impl Store {
 
     fn displace(&mut self, key: &RecordKey) -> Option<Location> {
         let location = self.index.remove(key)?;
+        self.read.remove(key);
         let segment = self.segment(location);
         segment.live -= 1;
         segment.live_bytes -= location.bytes;
@@ -521,6 +525,9 @@ impl Store {
         match proved {
             Ok(checksum) => {
                 self.counters.loaded += 1;
+                if self.index.contains_key(&key) {
+                    self.read.insert(key);
+                }
                 self.actions.push_back(Action::Loaded { token, key, checksum });
             }
             Err(error) => {

@@ -240,7 +240,7 @@ impl World {
             }
             Action::WantsRoom { shelf } => {
                 let hot = self.hot.clone();
-                self.store.evict(shelf, None, |key| hot.contains(&number(key)));
+                self.store.evict(shelf, None, |key, _| hot.contains(&number(key)));
             }
             Action::ReadOnly { .. } => self.seen.read_only = true,
         }
