@@ -147,6 +147,8 @@ def counters_of(_worker: Any) -> dict[str, Any]:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     half = get_kv_transfer_group()._worker
+    if half.client is None:
+        return {"unquiesced": 0, "ready": False}  # refused, and uncached: nothing is ever under way
     return {
         **half.client.counters(),
         "unquiesced": half.client.unquiesced(),

@@ -42,7 +42,7 @@ class Adapters:
 
 @pytest.fixture(scope="module")
 def adapters(world: World, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
-    places = {name: world.models.adapter(seed) for name, seed in SEEDS.items()}
+    places = {name: world.models.adapter(world.model(), seed) for name, seed in SEEDS.items()}
     elsewhere = tmp_path_factory.mktemp("adapters") / "copied"
     shutil.copytree(places["red"], elsewhere)
     return Adapters(

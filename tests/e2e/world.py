@@ -43,11 +43,11 @@ class Models:
         assert done.returncode == 0, done.stderr
         return place
 
-    def adapter(self, seed: int) -> Path:
-        """A LoRA adapter for model a."""
+    def adapter(self, base: Path, seed: int) -> Path:
+        """A LoRA adapter."""
         place = ROOT / "target" / "models" / f"e2e-adapter-{seed}"
         command = [sys.executable, str(ROOT / "scripts" / "lib" / "make_model.py"), str(place)]
-        options = [f"--adapter-of={self.path('a')}", f"--seed={seed}"]
+        options = [f"--adapter-of={base}", f"--seed={seed}"]
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return place
