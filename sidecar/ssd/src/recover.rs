@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use crate::{
     device::{Completion, Device, IoError, Op, Part, What},
     format::{
-        Entry, Footer, OVERHEAD, RecordHeader, Refused, SECTOR, SegmentHeader, SegmentId, Trailer, checksum,
+        Commit, Entry, Footer, OVERHEAD, RecordHeader, Refused, SECTOR, SegmentHeader, SegmentId, Trailer,
+        checksum,
     },
     memory::Aligned,
 };
@@ -41,6 +42,9 @@ pub enum Found {
         proved: bool,
         /// Headers without their commit or their payload: writes that a crash cut off.
         torn: u32,
+        /// Where those of them begin that have their commit: of a write that ended sectors are missing, or they
+        /// changed since.
+        holed: Vec<u64>,
     },
 }
 
@@ -165,16 +169,24 @@ fn segment<D: Device + ?Sized>(
     };
     let (id, first_sequence) = (header.segment, header.first_sequence);
     if let Some(entries) = by_footer(device, slot, id, tail)? {
-        return Ok(Found::Segment { id, first_sequence, sealed: true, entries, proved: true, torn: 0 });
+        return Ok(Found::Segment {
+            id,
+            first_sequence,
+            sealed: true,
+            entries,
+            proved: true,
+            torn: 0,
+            holed: Vec::new(),
+        });
     }
     let proved = *budget >= block.segment_bytes;
     *budget -= if proved { block.segment_bytes } else { 0 };
-    let (entries, torn) = by_headers(device, slot, id, proved)?;
+    let Scan { entries, torn, holed } = by_headers(device, slot, id, proved)?;
     if proved {
         // What was read may still be in the drive's cache only.
         sync(device, slot)?;
     }
-    Ok(Found::Segment { id, first_sequence, sealed: false, entries, proved, torn })
+    Ok(Found::Segment { id, first_sequence, sealed: false, entries, proved, torn, holed })
 }
 
 fn sync<D: Device + ?Sized>(device: &mut D, slot: u32) -> Result<(), IoError> {
@@ -207,6 +219,13 @@ fn by_footer<D: Device + ?Sized>(
     Ok(entries.ok())
 }
 
+#[derive(Default)]
+struct Scan {
+    entries: Vec<Entry>,
+    torn: u32,
+    holed: Vec<u64>,
+}
+
 /// Follows the headers. After a hole (a write that was lost, a header that changed) every sector is looked
 /// at: a later record may have been acknowledged.
 fn by_headers<D: Device + ?Sized>(
@@ -214,9 +233,9 @@ fn by_headers<D: Device + ?Sized>(
     slot: u32,
     id: SegmentId,
     prove: bool,
-) -> Result<(Vec<Entry>, u32), IoError> {
+) -> Result<Scan, IoError> {
     let segment_bytes = device.superblock().segment_bytes;
-    let (mut entries, mut torn, mut at) = (Vec::new(), 0, SECTOR as u64);
+    let (mut scan, mut at) = (Scan::default(), SECTOR as u64);
     while at + OVERHEAD < segment_bytes {
         let sector = read(device, slot, at, SECTOR as u64)?;
         let Some((header, sum)) = header_at(sector.bytes(), id, at, segment_bytes) else {
@@ -227,13 +246,15 @@ fn by_headers<D: Device + ?Sized>(
             continue;
         };
         let commit = read(device, slot, header.end() - SECTOR as u64, SECTOR as u64)?;
-        let whole = crate::format::Commit::expect(commit.bytes(), &header.commit(sum)).is_ok()
-            && (!prove || payload_is_whole(device, slot, &header)?);
-        if whole {
+        let committed = Commit::expect(commit.bytes(), &header.commit(sum)).is_ok();
+        if committed && (!prove || payload_is_whole(device, slot, &header)?) {
             at = header.end();
-            entries.push(header);
+            scan.entries.push(header);
         } else {
-            torn += 1;
+            scan.torn += 1;
+            if committed {
+                scan.holed.push(at);
+            }
             // Its length may not be trusted to skip: look at every sector.
             match next_header(device, slot, id, at + SECTOR as u64)? {
                 Some(next) => at = next,
@@ -241,7 +262,7 @@ fn by_headers<D: Device + ?Sized>(
             }
         }
     }
-    Ok((entries, torn))
+    Ok(scan)
 }
 
 /// Sectors of a record can be lost between its header and its commit. It must not hide an older, whole copy.

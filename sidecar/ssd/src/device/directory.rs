@@ -5,6 +5,7 @@ use std::{
     io::{self, Read},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::{
@@ -40,12 +41,14 @@ pub enum Use {
 pub struct Directory {
     path: PathBuf,
     /// The directory itself; the lock lives as long as this.
-    _lock: OwnedFd,
+    lock: OwnedFd,
     block: Superblock,
     writable: bool,
     files: Vec<Option<OwnedFd>>,
     /// Made and not filled when the power went: they never had a record.
     unfilled: Vec<PathBuf>,
+    misfits: Vec<(u32, u64)>,
+    strangers: Vec<String>,
 }
 
 impl Directory {
@@ -67,10 +70,7 @@ impl Directory {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let lock = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|errno| failed(path, "open", errno.into()))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            Errno::WOULDBLOCK => OpenError::Busy { path: path.to_owned() },
-            errno => failed(path, "lock", errno.into()),
-        })?;
+        take_lock(&lock, path)?;
         if !marker.exists() {
             match purpose {
                 Use::Own { segment_bytes } => make_ours(path, segment_bytes)?,
@@ -88,11 +88,13 @@ impl Directory {
         let writable = purpose != Use::Inspect;
         let mut directory = Self {
             path: path.to_owned(),
-            _lock: lock,
+            lock,
             block,
             writable,
             files: Vec::new(),
             unfilled: Vec::new(),
+            misfits: Vec::new(),
+            strangers: Vec::new(),
         };
         directory.open_files()?;
         Ok(directory)
@@ -107,6 +109,17 @@ impl Directory {
     pub fn slots(&self) -> Vec<u32> {
         let there = self.files.iter().enumerate().filter(|(_, file)| file.is_some());
         there.map(|(slot, _)| slot as u32).collect()
+    }
+
+    /// Segment files of another length than they should have, each with its length, that may have held records.
+    /// Only who inspects gets to know them: to an owner they are an error.
+    pub fn misfits(&self) -> &[(u32, u64)] {
+        &self.misfits
+    }
+
+    /// Names of files that are not the tier's. They are never touched.
+    pub fn strangers(&self) -> &[String] {
+        &self.strangers
     }
 
     /// Removes segment files from this number on (the capacity was lowered), and those that were never filled.
@@ -124,6 +137,11 @@ impl Directory {
             fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
         }
         Ok(())
+    }
+
+    /// What the lock hangs on.
+    pub(super) fn lock(&self) -> &OwnedFd {
+        &self.lock
     }
 
     pub(super) fn file(&self, slot: u32) -> Option<&OwnedFd> {
@@ -181,10 +199,14 @@ impl Directory {
             let number = name.strip_suffix(".segment").filter(|digits| digits.len() == 8);
             // `parse` would take a sign.
             let number = number.filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()));
-            let Some(slot) = number.and_then(|digits| digits.parse::<u32>().ok()) else { continue };
-            if slot >= SLOTS_MAX {
+            let Some(slot) =
+                number.and_then(|digits| digits.parse::<u32>().ok()).filter(|slot| *slot < SLOTS_MAX)
+            else {
+                if ![SUPERBLOCK, NEW, "lost+found"].contains(&name.as_str()) {
+                    self.strangers.push(name);
+                }
                 continue;
-            }
+            };
             let path = self.path.join(&name);
             let flags = mode | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             let file = rustix::fs::open(&path, flags, Mode::empty()).map_err(|errno| match errno {
@@ -195,12 +217,15 @@ impl Directory {
             let whole = stat.st_size as u64 == self.block.segment_bytes;
             if whole {
                 self.keep(slot, file);
-            } else if self.writable {
-                let is_shorter = (stat.st_size as u64) < self.block.segment_bytes;
-                if !is_shorter || !starts_with_zeros(&path)? {
-                    return Err(OpenError::Refused { path, source: Refused::Other("segment length") });
-                }
+                continue;
+            }
+            let is_shorter = (stat.st_size as u64) < self.block.segment_bytes;
+            if is_shorter && starts_with_zeros(&path)? {
                 self.unfilled.push(path);
+            } else if self.writable {
+                return Err(OpenError::Refused { path, source: Refused::Other("segment length") });
+            } else {
+                self.misfits.push((slot, stat.st_size as u64));
             }
         }
         Ok(())
@@ -209,6 +234,27 @@ impl Directory {
 
 /// Segment files of one directory.
 pub const SLOTS_MAX: u32 = 1 << 20;
+
+/// The kernel keeps a killed process's lock until its last write has ended: a moment, on a disk that is well.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+const LOCK_LOOK: Duration = Duration::from_millis(10);
+
+fn take_lock(lock: &OwnedFd, path: &Path) -> Result<(), OpenError> {
+    let mut left = LOCK_WAIT;
+    loop {
+        match rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if left.is_zero() => {
+                return Err(OpenError::Busy { path: path.to_owned() });
+            }
+            Err(Errno::WOULDBLOCK) => {
+                std::thread::sleep(LOCK_LOOK);
+                left = left.saturating_sub(LOCK_LOOK);
+            }
+            Err(errno) => return Err(failed(path, "lock", errno.into())),
+        }
+    }
+}
 
 fn failed(path: &Path, doing: &'static str, source: io::Error) -> OpenError {
     OpenError::Io { path: path.to_owned(), doing, source }

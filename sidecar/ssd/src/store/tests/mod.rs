@@ -112,9 +112,12 @@ impl World {
         let mut found = Vec::new();
         let report = recover(&mut device, |slot, segment| {
             match &segment {
-                Found::Segment { id, first_sequence, entries, proved, .. } => {
+                Found::Segment { id, first_sequence, sealed, entries, proved, .. } => {
                     let (id, first_sequence, proved) = (*id, *first_sequence, *proved);
                     store.adopt(0, slot, Some(Life { id, first_sequence, entries, proved }));
+                    if !sealed {
+                        store.seal_recovered(0, slot, entries);
+                    }
                 }
                 Found::Free(_) => store.adopt(0, slot, None),
                 Found::Unreadable(_) => store.adopt_unreadable(0, slot),
