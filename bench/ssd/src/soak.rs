@@ -90,16 +90,15 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, runs: u64, seed: u64) -> Ou
     let began = Instant::now();
     let mut place: Option<Place> = None;
     for run in 0..runs {
-        if run % KILLS_PER_PLACE == 0 {
-            if let Some(old) = place.take() {
-                finish(run, &old, &mut tally)?;
-            }
+        if let Some(old) = place.take_if(|_| run % KILLS_PER_PLACE == 0) {
+            finish(run, &old, &mut tally)?;
         }
         let place = match &mut place {
             Some(place) => place,
             None => place.insert(make(&scratch, run, &mut dice)?),
         };
-        let is_loop = dice.percent(25) && run + 1 < runs;
+        let is_last = run + 1 == runs || (run + 1) % KILLS_PER_PLACE == 0;
+        let is_loop = dice.percent(25) && !is_last;
         one(run, place, &mut dice, &mut tally)?;
         if is_loop {
             tally.crash_loops += 1;

@@ -45,6 +45,12 @@ pub struct Directory {
     block: Superblock,
     writable: bool,
     files: Vec<Option<OwnedFd>>,
+    others: Box<Others>,
+}
+
+/// Files that are no segments in use.
+#[derive(Debug, Default)]
+struct Others {
     /// Made and not filled when the power went: they never had a record.
     unfilled: Vec<PathBuf>,
     misfits: Vec<(u32, u64)>,
@@ -86,16 +92,8 @@ impl Directory {
             .map_err(|source| OpenError::Refused { path: marker.clone(), source })?;
         allow_many_files();
         let writable = purpose != Use::Inspect;
-        let mut directory = Self {
-            path: path.to_owned(),
-            lock,
-            block,
-            writable,
-            files: Vec::new(),
-            unfilled: Vec::new(),
-            misfits: Vec::new(),
-            strangers: Vec::new(),
-        };
+        let mut directory =
+            Self { path: path.to_owned(), lock, block, writable, files: Vec::new(), others: Box::default() };
         directory.open_files()?;
         Ok(directory)
     }
@@ -114,12 +112,12 @@ impl Directory {
     /// Segment files of another length than they should have, each with its length, that may have held records.
     /// Only who inspects gets to know them: to an owner they are an error.
     pub fn misfits(&self) -> &[(u32, u64)] {
-        &self.misfits
+        &self.others.misfits
     }
 
     /// Names of files that are not the tier's. They are never touched.
     pub fn strangers(&self) -> &[String] {
-        &self.strangers
+        &self.others.strangers
     }
 
     /// Removes segment files from this number on (the capacity was lowered), and those that were never filled.
@@ -128,7 +126,7 @@ impl Directory {
     /// # Errors
     /// What the kernel says.
     pub fn shrink(&mut self, slots: u32) -> Result<(), OpenError> {
-        for path in std::mem::take(&mut self.unfilled) {
+        for path in std::mem::take(&mut self.others.unfilled) {
             fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
         }
         for slot in self.slots().into_iter().filter(|slot| *slot >= slots) {
@@ -203,7 +201,7 @@ impl Directory {
                 number.and_then(|digits| digits.parse::<u32>().ok()).filter(|slot| *slot < SLOTS_MAX)
             else {
                 if ![SUPERBLOCK, NEW, "lost+found"].contains(&name.as_str()) {
-                    self.strangers.push(name);
+                    self.others.strangers.push(name);
                 }
                 continue;
             };
@@ -221,11 +219,11 @@ impl Directory {
             }
             let is_shorter = (stat.st_size as u64) < self.block.segment_bytes;
             if is_shorter && starts_with_zeros(&path)? {
-                self.unfilled.push(path);
+                self.others.unfilled.push(path);
             } else if self.writable {
                 return Err(OpenError::Refused { path, source: Refused::Other("segment length") });
             } else {
-                self.misfits.push((slot, stat.st_size as u64));
+                self.others.misfits.push((slot, stat.st_size as u64));
             }
         }
         Ok(())

@@ -345,11 +345,6 @@ impl Store {
         if segment.state != State::Sealed || !segment.proved || segment.writer.is_some() {
             return;
         }
-        let Some(last) = entries.last() else {
-            // Nothing in it was acknowledged.
-            segment.state = State::Free;
-            return;
-        };
         let mut footer = Footer::default();
         for entry in entries {
             if !footer.has_room() {
@@ -357,12 +352,14 @@ impl Store {
             }
             footer.push(entry.clone());
         }
+        // One without records gets one, too: it need not be searched again.
+        let end = entries.last().map_or(SECTOR as u64, Entry::end);
         // Its writer left room for it; a header that lies about its length must not be overwritten all the same.
-        if last.end() + footer.bytes() > segment_bytes {
+        if end + footer.bytes() > segment_bytes {
             return;
         }
         segment.state = State::Sealing;
-        segment.writer = Some(Box::new(Writer { footer, ..Writer::at(last.end()) }));
+        segment.writer = Some(Box::new(Writer { footer, ..Writer::at(end) }));
         self.settle(shelf, slot);
     }
 

@@ -124,7 +124,7 @@ impl World {
             }
             found.push((slot, segment));
         });
-        Self {
+        let mut world = Self {
             store,
             device,
             disk: Arc::clone(disk),
@@ -137,7 +137,12 @@ impl World {
             puts: 0,
             gets: 0,
             capacity_exceeded: false,
+        };
+        // As the tier does: what a crash left open is sealed before anything else.
+        if !world.store.is_idle() {
+            world.drive();
         }
+        world
     }
 
     fn lane(&mut self, bytes: u64) -> Extent {
