@@ -14,7 +14,7 @@ use std::{path::PathBuf, process::ExitCode};
 use rig::Outcome;
 
 const USAGE: &str = "\
-usage: pillion-bench-ssd ssd [--dir DIR] [--json FILE] [--quick]
+usage: pillion-bench-ssd ssd [--dir DIR] [--json FILE] [--quick] [--only TEXT]
        pillion-bench-ssd recovery [--dir DIR] [--json FILE] [--quick]
        pillion-bench-ssd soak-kill --runs N [--seed S] [--dir DIR] [--json FILE]
 ends with 0: all budgets met, nothing wrong; 1: missed or wrong; 2: usage";
@@ -25,6 +25,7 @@ struct Options {
     dir: PathBuf,
     json: Option<PathBuf>,
     quick: bool,
+    only: String,
     runs: u64,
     seed: u64,
 }
@@ -34,6 +35,7 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Option<Options> {
     while let Some(flag) = arguments.next() {
         match flag.as_str() {
             "--quick" => options.quick = true,
+            "--only" => options.only = arguments.next()?,
             "--dir" => options.dir = arguments.next()?.into(),
             "--json" => options.json = Some(arguments.next()?.into()),
             "--runs" => options.runs = arguments.next()?.parse().ok()?,
@@ -55,7 +57,9 @@ fn run() -> Outcome<Option<bool>> {
     }
     let Some(options) = options(arguments) else { return Ok(None) };
     match name.as_str() {
-        "ssd" => throughput::run(&options.dir, options.json.as_deref(), options.quick).map(Some),
+        "ssd" => {
+            throughput::run(&options.dir, options.json.as_deref(), options.quick, &options.only).map(Some)
+        }
         "recovery" => recovery::run(&options.dir, options.json.as_deref(), options.quick).map(Some),
         "soak-kill" if options.runs > 0 => {
             soak::run(&options.dir, options.json.as_deref(), options.runs, options.seed).map(Some)

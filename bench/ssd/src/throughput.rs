@@ -27,6 +27,7 @@ const DEPTHS: [u64; 4] = [1, 8, 32, 64];
 const TOTAL: u64 = 1 << 30;
 const SEGMENT: u64 = 256 * MIB;
 const CAPACITY: u64 = 8 * SEGMENT;
+const LATENCIES: &str = "p99 of a 2 MiB read while writes saturate";
 const END: Duration = Duration::from_secs(60);
 
 /// How much of everything.
@@ -52,11 +53,12 @@ fn budget(load: &Load) -> Option<f64> {
     named.then_some(if load.way == Way::Read { 0.95 } else { 0.90 })
 }
 
-pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool) -> Outcome<bool> {
+/// `only`: cases whose name has this in it.
+pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) -> Outcome<bool> {
     let effort = if quick {
         Effort { runs: 3, seconds: 0.4, depths: &[1, 32], sizes: &[256 * KIB, 2 * MIB] }
     } else {
-        Effort { runs: 7, seconds: 0.5, depths: &DEPTHS, sizes: &SIZES }
+        Effort { runs: 5, seconds: 0.5, depths: &DEPTHS, sizes: &SIZES }
     };
     let scratch = Scratch::new(below, "bench")?;
     let machine = report::machine(&scratch.0);
@@ -65,22 +67,27 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool) -> Outcome<boo
     let nixl = Peer::of_variable("NIXL POSIX", "PILLION_PEER_NIXL");
     let mut rows = Vec::new();
     for &bytes in effort.sizes {
+        let is_wanted = |load: &Load| case(load).contains(only);
+        let of = |way, depth| Load { way, bytes, depth, seconds: effort.seconds, total: TOTAL };
+        let loads = effort.depths.iter().flat_map(|&depth| [of(Way::Write, depth), of(Way::Read, depth)]);
+        let loads: Vec<Load> = loads.filter(is_wanted).collect();
+        let latencies_are_wanted = bytes == 2 * MIB && LATENCIES.contains(only);
+        if loads.is_empty() && !latencies_are_wanted {
+            continue;
+        }
         let place = scratch.sub("ours")?;
         let mut ours = Ours::start(&place, bytes, Engine::Auto)?;
-        for &depth in effort.depths {
-            for way in [Way::Write, Way::Read] {
-                let load = Load { way, bytes, depth, seconds: effort.seconds, total: TOTAL };
-                let with: &[&Peer] = if bytes == 2 * MIB && depth == 32 { &[&nixl, &foyer] } else { &[] };
-                rows.extend(beside(&scratch.0, &mut ours, &load, with, effort.runs)?);
-            }
+        for load in &loads {
+            let with: &[&Peer] = if bytes == 2 * MIB && load.depth == 32 { &[&nixl, &foyer] } else { &[] };
+            rows.extend(beside(&scratch.0, &mut ours, load, with, effort.runs)?);
         }
-        if bytes == 2 * MIB {
+        if latencies_are_wanted {
             rows.extend(latencies(&scratch.0, &mut ours, quick)?);
         }
         let engine = ours.engine;
         drop(ours);
         std::fs::remove_dir_all(&place)?;
-        if engine != "threads" && bytes == 2 * MIB {
+        if engine != "threads" && bytes == 2 * MIB && only.is_empty() {
             rows.extend(threads(&scratch, bytes, effort)?);
         }
     }
@@ -169,7 +176,7 @@ fn latencies(directory: &Path, ours: &mut Ours, quick: bool) -> Outcome<Vec<Row>
         ms.push((busy, idle));
         against.push((busy / idle, their_busy / their_idle));
     }
-    let name = "p99 of a 2 MiB read while writes saturate";
+    let name = LATENCIES;
     Ok(vec![
         Row::of("P9", name, "idle", "ms", Better::Less, Some(0.5), &ms),
         Row::of("P9", format!("{name}, × idle"), "fio", "times", Better::Less, None, &against),
