@@ -51,7 +51,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
         .with_shards(1)
         .with_weighter(|_, value: &Vec<u8>| value.len())
         .storage()
-        .with_io_engine_config(Box::new(UringIoEngineConfig::new().with_io_depth(64)) as Box<dyn IoEngineConfig>)
+        .with_io_engine_config(
+            Box::new(UringIoEngineConfig::new().with_io_depth(64)) as Box<dyn IoEngineConfig>
+        )
         .with_engine_config(engine)
         .build()
         .await?;
@@ -63,17 +65,20 @@ async fn main() -> Result<(), Box<dyn Error>> {
         write(&cache, depth, bytes, (total / bytes) as u64, seconds).await?
     };
     let (took, cpu) = (began.elapsed().as_secs_f64(), cpu_seconds() - cpu_began);
-    println!(
-        "{{\"gbps\": {}, \"cpu_s_per_gb\": {}}}",
-        moved as f64 / took / 1e9,
-        cpu / (moved as f64 / 1e9)
-    );
+    println!("{{\"gbps\": {}, \"cpu_s_per_gb\": {}}}", moved as f64 / took / 1e9, cpu / (moved as f64 / 1e9));
     Ok(())
 }
 
 /// Bytes that reached the disk. Keys rise, so that a later run of `read` finds the last ones.
-async fn write(cache: &Cache, depth: usize, bytes: usize, keys: u64, seconds: f64) -> Result<u64, Box<dyn Error>> {
-    let record: Vec<u8> = (0..bytes).map(|at| (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) as u8).collect();
+async fn write(
+    cache: &Cache,
+    depth: usize,
+    bytes: usize,
+    keys: u64,
+    seconds: f64,
+) -> Result<u64, Box<dyn Error>> {
+    let record: Vec<u8> =
+        (0..bytes).map(|at| (at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) as u8).collect();
     let (began, before) = (Instant::now(), cache.statistics().disk_write_bytes() as u64);
     let (mut given, mut key) = (0, 0);
     while began.elapsed().as_secs_f64() < seconds {
