@@ -194,21 +194,31 @@ class FakeEngine:
     def register(self) -> None:
         shape = self.shape
         names = [f"layers.{index}" for index in range(shape.layers)]
-        self.worker.register(
+        layer_stride, block_stride = shape.strides
+        pages = {
+            "size": shape.total,
+            "offset": 0,
+            "layer_stride": layer_stride,
+            "block_stride": block_stride,
+            "layers": names,
+            "heads": shape.heads,
+            "states": shape.states,
+            "content_bytes": shape.content,
+            "page_bytes": shape.page,
+            "kernel_blocks": 1,
+            "packing": f"opaque-heads total_heads={shape.heads} format=fake/{shape.dtype}",
+        }
+        self.worker.describe(
             layout=shape.order,
             num_blocks=shape.blocks,
-            block_tokens=shape.states,
-            dtype=shape.dtype,
-            kind="FullAttentionSpec",
-            heads=shape.heads,
-            states=shape.states,
-            content_bytes=shape.content,
-            page_bytes=shape.page,
-            tensors=[(shape.total, 0, *shape.strides, names)],
             memory_bytes=shape.total,
-            canary_seed=self.seed,
+            rank=0,
+            world=1,
+            groups=[{"block_tokens": shape.states, "pages": [pages]}],
             **self._place(),
         )
+        self.worker.check_canary(0, self.seed)
+        self.worker.register()
 
     # ---- memory ----------------------------------------------------------
 
