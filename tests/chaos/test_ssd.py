@@ -121,9 +121,7 @@ def flip_bytes(disk: Path, chance: random.Random, count: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("orderly", [True, False])
-def test_bytes_that_change_on_the_disk_are_misses(
-    world: World, disk: Path, seed: int, orderly: bool
-) -> None:
+def test_bytes_that_change_on_the_disk_are_misses(world: World, disk: Path, seed: int, orderly: bool) -> None:
     sidecar = with_ssd(world, disk, drain_seconds=2)
     engine = world.engine(sidecar)
     prompts = [chain(f"prompt-{index}", 20) for index in range(20)]
