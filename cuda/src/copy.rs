@@ -35,6 +35,14 @@ pub enum CopyError {
         /// Now.
         found: u64,
     },
+    /// The group does not belong to this engine.
+    #[error("expected a group below {groups}, got {group}")]
+    Group {
+        /// Groups of the engine.
+        groups: usize,
+        /// Asked for.
+        group: u16,
+    },
     /// The block id or the record's length do not belong to this engine.
     #[error(
         "expected a block below {blocks} and a record of {record_bytes} bytes, got block {block} and {length} bytes"
@@ -51,22 +59,25 @@ pub enum CopyError {
     },
 }
 
-/// Moves blocks of one engine by its layout.
+/// One group's runs, whole and cut to spans, in the order of the record.
+#[derive(Debug)]
+struct Route {
+    plan: BlockPlan,
+    spans: BlockPlan,
+}
+
+/// Moves blocks of one engine's groups by their layouts.
 #[derive(Debug, Clone)]
 pub struct BlockCopier {
     memory: Arc<dyn EngineMemory>,
-    plan: Arc<BlockPlan>,
-    /// Block 0's segments cut to spans, in the order of the record.
-    spans: Arc<[Segment]>,
+    routes: Arc<[Route]>,
 }
 
 impl BlockCopier {
-    /// A copier for an engine whose blocks lie as `plan` says.
-    pub fn new(memory: Arc<dyn EngineMemory>, plan: BlockPlan) -> Self {
-        let mut segments: Vec<Segment> = plan.segments(0).collect();
-        segments.sort_by_key(|segment| segment.record);
-        let spans = segments.into_iter().flat_map(cut).collect();
-        Self { memory, plan: Arc::new(plan), spans }
+    /// A copier for an engine whose groups' blocks lie as `plans` say.
+    pub fn new(memory: Arc<dyn EngineMemory>, plans: Vec<BlockPlan>) -> Self {
+        let route = |plan: BlockPlan| Route { spans: plan.cut(SPAN_BYTES), plan };
+        Self { memory, routes: plans.into_iter().map(route).collect() }
     }
 
     /// How the memory is reached.
@@ -74,19 +85,22 @@ impl BlockCopier {
         self.memory.way()
     }
 
-    /// Bytes of one record.
-    pub fn record_bytes(&self) -> u64 {
-        self.plan.record_bytes()
+    /// Bytes of one record of a group.
+    ///
+    /// # Errors
+    /// [`CopyError::Group`].
+    pub fn record_bytes(&self, group: u16) -> Result<u64, CopyError> {
+        Ok(self.route(group)?.plan.record_bytes())
     }
 
-    /// Copies a block into `record` and returns the checksum of what lies there now.
+    /// Copies a block of a group into `record` and returns the checksum of what lies there now.
     ///
     /// # Errors
     /// Where the engine cannot be reached or the block does not exist.
-    pub fn save(&self, block: u64, record: &mut [u8]) -> Result<u64, CopyError> {
-        self.check(block, record.len())?;
+    pub fn save(&self, group: u16, block: u64, record: &mut [u8]) -> Result<u64, CopyError> {
+        let route = self.checked(group, block, record.len())?;
         let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
-        self.batches(block, |batch, from, to| {
+        route.batches(block, |batch, from, to| {
             self.memory.read(batch, record)?;
             digest.update(&record[from..to]);
             Ok(())
@@ -94,15 +108,15 @@ impl BlockCopier {
         Ok(digest.finalize())
     }
 
-    /// Copies `record` into a block.
+    /// Copies `record` into a block of a group.
     ///
     /// # Errors
     /// [`CopyError::Corrupt`] when the record's bytes are not those of `checksum`: the block then
     /// holds garbage and must not be used, like after every other error.
-    pub fn load(&self, block: u64, record: &[u8], checksum: u64) -> Result<(), CopyError> {
-        self.check(block, record.len())?;
+    pub fn load(&self, group: u16, block: u64, record: &[u8], checksum: u64) -> Result<(), CopyError> {
+        let route = self.checked(group, block, record.len())?;
         let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
-        self.batches(block, |batch, from, to| {
+        route.batches(block, |batch, from, to| {
             digest.update(&record[from..to]);
             self.memory.write(batch, record)
         })?;
@@ -113,31 +127,39 @@ impl BlockCopier {
         Ok(())
     }
 
-    fn check(&self, block: u64, length: usize) -> Result<(), CopyError> {
-        if !self.plan.contains(block) || length as u64 != self.plan.record_bytes() {
+    fn route(&self, group: u16) -> Result<&Route, CopyError> {
+        let groups = self.routes.len();
+        self.routes.get(usize::from(group)).ok_or(CopyError::Group { groups, group })
+    }
+
+    fn checked(&self, group: u16, block: u64, length: usize) -> Result<&Route, CopyError> {
+        let route = self.route(group)?;
+        if !route.plan.contains(block) || length as u64 != route.plan.record_bytes() {
             return Err(CopyError::Shape {
-                blocks: self.plan.num_blocks(),
-                record_bytes: self.plan.record_bytes(),
+                blocks: route.plan.num_blocks(),
+                record_bytes: route.plan.record_bytes(),
                 block,
                 length: length as u64,
             });
         }
-        Ok(())
+        Ok(route)
     }
+}
 
+impl Route {
     /// Calls `each` with batches of about one span that cover the record without gaps, in order.
     fn batches(
         &self,
         block: u64,
         mut each: impl FnMut(&[Segment], usize, usize) -> Result<(), CopyError>,
     ) -> Result<(), CopyError> {
-        let shift = block * self.plan.engine_block_stride();
         let mut batch: Vec<Segment> = Vec::with_capacity(16);
         let mut from = 0;
-        for (index, span) in self.spans.iter().enumerate() {
-            batch.push(Segment { engine: span.engine + shift, ..*span });
+        let mut spans = self.spans.segments(block);
+        while let Some(span) = spans.next() {
+            batch.push(span);
             let to = (span.record + span.len) as usize;
-            if (to - from) as u64 >= SPAN_BYTES || index + 1 == self.spans.len() {
+            if (to - from) as u64 >= SPAN_BYTES || spans.len() == 0 {
                 each(&batch, from, to)?;
                 batch.clear();
                 from = to;
@@ -145,15 +167,4 @@ impl BlockCopier {
         }
         Ok(())
     }
-}
-
-fn cut(segment: Segment) -> impl Iterator<Item = Segment> {
-    (0..segment.len.div_ceil(SPAN_BYTES)).map(move |index| {
-        let skip = index * SPAN_BYTES;
-        Segment {
-            engine: segment.engine + skip,
-            record: segment.record + skip,
-            len: SPAN_BYTES.min(segment.len - skip),
-        }
-    })
 }

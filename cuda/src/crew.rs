@@ -18,12 +18,20 @@ pub(crate) fn checksum_of(bytes: &[u8]) -> u64 {
     checksum(CrcAlgorithm::Crc64Nvme, bytes)
 }
 
+/// Where a record lies in the pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte.
+    pub offset: u64,
+    /// Bytes.
+    pub bytes: u64,
+}
+
 /// Records of one pool, to be read by whoever has time.
 #[derive(Debug)]
 struct Task {
     pool: Arc<HostPool>,
-    bytes: u64,
-    offsets: Vec<u64>,
+    extents: Vec<Extent>,
     sums: Vec<AtomicU64>,
     next: AtomicUsize,
     left: Mutex<usize>,
@@ -36,10 +44,10 @@ impl Task {
         let mut mine = 0;
         loop {
             let index = self.next.fetch_add(1, Ordering::Relaxed);
-            let Some(offset) = self.offsets.get(index) else { break };
+            let Some(extent) = self.extents.get(index) else { break };
             // SAFETY: the owner of the extents waits in `Crew::checksums` until all are read, and vouched there
             // that nobody writes them.
-            let record = unsafe { self.pool.record(*offset, self.bytes) };
+            let record = unsafe { self.pool.record(extent.offset, extent.bytes) };
             self.sums[index].store(record.map_or(0, checksum_of), Ordering::Release);
             mine += 1;
         }
@@ -86,23 +94,23 @@ impl Crew {
         Ok(Self { board, helpers })
     }
 
-    /// The checksums of records of `bytes` at these offsets of the pool, in order.
+    /// The checksums of the records at these extents of the pool, in order.
     ///
     /// # Errors
-    /// `None` where an extent lies outside of the pool.
+    /// `None` where one lies outside of the pool.
     ///
     /// # Safety
     /// Nobody writes these extents meanwhile.
-    pub unsafe fn checksums(&self, pool: &Arc<HostPool>, bytes: u64, offsets: Vec<u64>) -> Option<Vec<u64>> {
-        let inside = |offset: &u64| offset.checked_add(bytes).is_some_and(|end| end <= pool.bytes());
-        if !offsets.iter().all(inside) {
+    pub unsafe fn checksums(&self, pool: &Arc<HostPool>, extents: Vec<Extent>) -> Option<Vec<u64>> {
+        let inside =
+            |extent: &Extent| extent.offset.checked_add(extent.bytes).is_some_and(|end| end <= pool.bytes());
+        if !extents.iter().all(inside) {
             return None;
         }
-        let count = offsets.len();
+        let count = extents.len();
         let task = Arc::new(Task {
             pool: Arc::clone(pool),
-            bytes,
-            offsets,
+            extents,
             sums: std::iter::repeat_with(AtomicU64::default).take(count).collect(),
             next: AtomicUsize::new(0),
             left: Mutex::new(count),
@@ -146,27 +154,31 @@ mod tests {
 
     #[test]
     fn every_record_is_read_once_whoever_reads_it() {
-        const RECORD: u64 = 4096;
-        let pool = Arc::new(HostPool::create(64 * RECORD).unwrap());
+        const SLOT: u64 = 4096;
+        let bytes = |index: u64| SLOT - index * 13;
+        let extent = |index: u64| Extent { offset: index * SLOT, bytes: bytes(index) };
+        let pool = Arc::new(HostPool::create(64 * SLOT).unwrap());
         for index in 0..64u64 {
             // SAFETY: nobody else has the pool yet.
-            let record = unsafe { pool.record_mut(index * RECORD, RECORD) }.unwrap();
+            let record = unsafe { pool.record_mut(index * SLOT, SLOT) }.unwrap();
             record.fill(index as u8 + 1);
         }
-        let offsets: Vec<u64> = (0..64).rev().map(|index| index * RECORD).collect();
-        let expected: Vec<u64> =
-            (0..64u8).rev().map(|index| checksum_of(&[index + 1; RECORD as usize])).collect();
+        let extents: Vec<Extent> = (0..64).rev().map(extent).collect();
+        let content = |index: u64| vec![index as u8 + 1; bytes(index) as usize];
+        let expected: Vec<u64> = (0..64).rev().map(|index| checksum_of(&content(index))).collect();
         for helpers in [0, 1, 3] {
             let crew = Crew::start(helpers).unwrap();
             for _ in 0..50 {
                 // SAFETY: nobody writes the pool any more.
-                let sums = unsafe { crew.checksums(&pool, RECORD, offsets.clone()) };
+                let sums = unsafe { crew.checksums(&pool, extents.clone()) };
                 assert_eq!(sums.as_ref(), Some(&expected));
             }
+            for (offset, bytes) in [(63 * SLOT + 1, SLOT), (u64::MAX, 2)] {
+                // SAFETY: as above.
+                assert_eq!(unsafe { crew.checksums(&pool, vec![Extent { offset, bytes }]) }, None);
+            }
             // SAFETY: as above.
-            assert_eq!(unsafe { crew.checksums(&pool, RECORD, vec![63 * RECORD + 1]) }, None);
-            // SAFETY: as above.
-            assert_eq!(unsafe { crew.checksums(&pool, RECORD, Vec::new()) }, Some(Vec::new()));
+            assert_eq!(unsafe { crew.checksums(&pool, Vec::new()) }, Some(Vec::new()));
         }
     }
 }

@@ -188,7 +188,9 @@ impl EngineMemory for ProcessMemory {
 mod tests {
     use std::sync::Arc;
 
-    use pillion_layouts::{plan, vllm};
+    use pillion_layouts::vllm::KvCacheTensor;
+    use pillion_layouts::vllm::groups::{Group, Pages};
+    use pillion_layouts::{BlockPlan, Worker};
     use pillion_shm::{Access, Memfd};
 
     use super::*;
@@ -196,29 +198,38 @@ mod tests {
 
     const BLOCKS: u64 = 4;
 
-    fn cache() -> vllm::KvCache {
-        let page: u64 = 2 * 32 * 512;
-        let layers: Vec<String> = (0..3).map(|n| format!("layers.{n}.attn")).collect();
-        let bytes = page * BLOCKS * 3;
-        vllm::KvCache {
+    const PAGE: u64 = 2 * 32 * 512;
+    const BYTES: u64 = PAGE * BLOCKS * 3;
+
+    /// A group of three layers and one of two on the same blocks.
+    fn plans() -> Vec<BlockPlan> {
+        let group = |layers: u64| Group {
+            block_tokens: 32,
+            pages: vec![Pages {
+                tensor: KvCacheTensor {
+                    size: BYTES,
+                    offset: 0,
+                    layer_stride: PAGE * BLOCKS,
+                    block_stride: PAGE,
+                    layers: (0..layers).map(|n| format!("group{layers}.{n}")).collect(),
+                },
+                heads: 2,
+                states: 32,
+                content_bytes: 512,
+                page_bytes: PAGE,
+                kernel_blocks: 1,
+                packing: "kv total_heads=2 key=256 value=256 dtype=float32".parse().unwrap(),
+            }],
+        };
+        let worker = Worker {
             order: "LBHNC".into(),
             num_blocks: BLOCKS,
-            block_tokens: 32,
-            dtype: "float32".into(),
-            kind: "FullAttentionSpec".into(),
-            heads: 2,
-            states: 32,
-            content_bytes: 512,
-            page_bytes: page,
-            memory_bytes: bytes,
-            tensors: vec![vllm::KvCacheTensor {
-                size: bytes,
-                offset: 0,
-                layer_stride: page * BLOCKS,
-                block_stride: page,
-                layers,
-            }],
-        }
+            memory_bytes: BYTES,
+            rank: 0,
+            world: 1,
+            groups: vec![group(3), group(2)],
+        };
+        worker.check().unwrap().iter().map(|group| group.plan().clone()).collect()
     }
 
     fn pattern(length: u64) -> Vec<u8> {
@@ -226,35 +237,47 @@ mod tests {
     }
 
     fn round_trip(memory: Arc<dyn EngineMemory>, look: impl Fn() -> Vec<u8>) {
-        let plan = plan(&vllm::layout(&cache()).unwrap()).unwrap();
-        let copier = BlockCopier::new(memory, plan);
-        let pool = HostPool::create(copier.record_bytes()).unwrap();
+        let copier = BlockCopier::new(memory, plans());
+        for (group, layers) in [(0, 3), (1, 2)] {
+            one_group(&copier, group, layers, &look);
+        }
+        assert_eq!(copier.record_bytes(2), Err(CopyError::Group { groups: 2, group: 2 }));
+        assert!(matches!(copier.save(2, 0, &mut []), Err(CopyError::Group { .. })));
+        assert!(matches!(copier.load(2, 0, &[], 0), Err(CopyError::Group { .. })));
+    }
+
+    fn one_group(copier: &BlockCopier, group: u16, layers: usize, look: impl Fn() -> Vec<u8>) {
+        let bytes = copier.record_bytes(group).unwrap();
+        assert_eq!(bytes, layers as u64 * PAGE);
+        let pool = HostPool::create(bytes).unwrap();
         // SAFETY: this test is the only user of the pool.
-        let record = unsafe { pool.record_mut(0, copier.record_bytes()) }.unwrap();
+        let record = unsafe { pool.record_mut(0, bytes) }.unwrap();
         let before = look();
-        let checksum = copier.save(2, record).unwrap();
+        let checksum = copier.save(group, 2, record).unwrap();
         assert_eq!(checksum, crc_fast::checksum(CrcAlgorithm::Crc64Nvme, record));
-        copier.load(1, record, checksum).unwrap();
+        copier.load(group, 1, record, checksum).unwrap();
         let after = look();
-        let page = (2 * 32 * 512) as usize;
+        let page = PAGE as usize;
         for layer in 0..3 {
             let at = |block: usize| (layer * BLOCKS as usize + block) * page;
-            assert_eq!(after[at(1)..at(1) + page], before[at(2)..at(2) + page]);
+            let source = if layer < layers { 2 } else { 1 };
+            assert_eq!(after[at(1)..at(1) + page], before[at(source)..at(source) + page]);
             for untouched in [0, 2, 3] {
                 let at = at(untouched);
                 assert_eq!(after[at..at + page], before[at..at + page]);
             }
         }
         record[77] ^= 4;
-        assert!(matches!(copier.load(1, record, checksum), Err(CopyError::Corrupt { .. })));
-        assert!(matches!(copier.save(BLOCKS, record), Err(CopyError::Shape { .. })));
+        assert!(matches!(copier.load(group, 1, record, checksum), Err(CopyError::Corrupt { .. })));
+        assert!(matches!(copier.save(group, BLOCKS, record), Err(CopyError::Shape { .. })));
+        assert!(matches!(copier.save(1 - group, 0, record), Err(CopyError::Shape { .. })));
     }
 
     use crc_fast::CrcAlgorithm;
 
     #[test]
     fn blocks_go_out_and_in_through_a_memfd() {
-        let bytes = cache().memory_bytes;
+        let bytes = BYTES;
         let memfd = Memfd::create("engine", bytes).unwrap();
         let engine = memfd.map(Access::ReadWrite).unwrap();
         // SAFETY: the mapping is `bytes` long and this test is its only user.
@@ -270,7 +293,7 @@ mod tests {
 
     #[test]
     fn blocks_go_out_and_in_through_process_vm() {
-        let mut engine = pattern(cache().memory_bytes);
+        let mut engine = pattern(BYTES);
         let peer = Peer { pid: std::process::id() as i32, uid: 0, gid: 0 };
         let base = engine.as_mut_ptr();
         let memory = ProcessMemory::new(peer, base as u64, engine.len() as u64).unwrap();

@@ -20,9 +20,9 @@ use std::{
 };
 
 use pillion_cuda_driver::{BatchApi, CudaError, Direction, Event, Piece, Priority, Stream};
-use pillion_layouts::{BlockPlan, Segment};
+use pillion_layouts::BlockPlan;
 
-use crate::{CopyError, DeviceMemory, Gpu, Pulse};
+use crate::{CopyError, DeviceMemory, Extent, Gpu, Pulse};
 
 /// Bytes of a chunk: 0.6 ms of a PCIe 5 link.
 const CHUNK_BYTES: u64 = 32 << 20;
@@ -38,6 +38,8 @@ const LOOK_SAVE: Duration = Duration::from_micros(50);
 /// One block of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Item {
+    /// Whose record it is: index of the engine's group.
+    pub group: u16,
     /// The engine's block.
     pub block: u64,
     /// Offset of its record in the pool.
@@ -98,10 +100,8 @@ pub struct Lane {
     direction: Direction,
     batch: BatchApi,
     pulse: Pulse,
-    plan: Arc<BlockPlan>,
-    /// Block 0's segments, as long as they can be.
-    segments: Arc<[Segment]>,
-    chunk: usize,
+    /// One per group of the engine.
+    plans: Arc<[BlockPlan]>,
     look: Duration,
     memory: Arc<DeviceMemory>,
     gpu: Arc<Gpu>,
@@ -115,7 +115,7 @@ impl Lane {
     pub fn new(
         gpu: Arc<Gpu>,
         memory: Arc<DeviceMemory>,
-        plan: Arc<BlockPlan>,
+        plans: Arc<[BlockPlan]>,
         direction: Direction,
     ) -> Result<Self, CudaError> {
         gpu.context().enter()?;
@@ -125,10 +125,8 @@ impl Lane {
         };
         let pulse = gpu.watchdog().pulse();
         let stream = pulse.during("the making of a stream", gpu.call_patience(), || Stream::new(priority))?;
-        let segments: Arc<[Segment]> = plan.segments(0).collect();
-        let chunk = (CHUNK_BYTES / plan.record_bytes().max(1)).max(1) as usize;
         let (spare, batch) = (Vec::new(), gpu.batch());
-        Ok(Self { stream, spare, direction, batch, pulse, plan, segments, chunk, look, memory, gpu })
+        Ok(Self { stream, spare, direction, batch, pulse, plans, look, memory, gpu })
     }
 
     /// Ends it, under the watchdog's eye.
@@ -167,7 +165,7 @@ impl Lane {
         let mut next = 0;
         loop {
             while flying.len() < DEPTH && next < items.len() && !cancelled.load(Ordering::Acquire) {
-                let range = next..items.len().min(next + self.chunk);
+                let range = next..self.chunk_end(items, next);
                 next = range.end;
                 match self.start(items, range.clone(), &mut moved) {
                     Ok(Some(done)) => flying.push_back(Flying { items: range, done }),
@@ -190,6 +188,38 @@ impl Lane {
             self.spare.push(done);
         }
         moved
+    }
+
+    /// Where a chunk of items ends that begins with `first`: records of groups differ in size.
+    fn chunk_end(&self, items: &[Item], first: usize) -> usize {
+        let bytes = |item: &Item| self.plan(item).map_or(0, BlockPlan::record_bytes);
+        let mut all = items.get(first).map_or(0, bytes);
+        let more = items.iter().skip(first + 1).take_while(|item| {
+            all = all.saturating_add(bytes(item));
+            all <= CHUNK_BYTES
+        });
+        (first + 1 + more.count()).min(items.len())
+    }
+
+    fn plan(&self, item: &Item) -> Result<&BlockPlan, CopyError> {
+        let (group, groups) = (item.group, self.plans.len());
+        self.plans.get(usize::from(group)).ok_or(CopyError::Group { groups, group })
+    }
+
+    /// An item's plan and its record's place, if block and record are this engine's and ours.
+    fn checked(&self, item: &Item) -> Result<(&BlockPlan, Extent), CopyError> {
+        let Item { block, offset, .. } = *item;
+        let plan = self.plan(item)?;
+        let record_bytes = plan.record_bytes();
+        if !plan.contains(block) {
+            let blocks = plan.num_blocks();
+            return Err(CopyError::Shape { blocks, record_bytes, block, length: record_bytes });
+        }
+        let bytes = self.gpu.pool().bytes();
+        if offset.checked_add(record_bytes).is_none_or(|end| end > bytes) {
+            return Err(CopyError::OutOfBounds { bytes, offset, length: record_bytes });
+        }
+        Ok((plan, Extent { offset, bytes: record_bytes }))
     }
 
     /// Until the engine's event is reached, or will not be waited for.
@@ -225,7 +255,8 @@ impl Lane {
         range: Range<usize>,
         moved: &mut [Moved],
     ) -> Result<Option<Event>, CopyError> {
-        let mut pieces = Vec::with_capacity(range.len() * self.segments.len());
+        let runs = |item: &Item| self.plan(item).map_or(0, BlockPlan::runs);
+        let mut pieces = Vec::with_capacity(items[range.clone()].iter().map(runs).sum());
         match self.direction {
             Direction::Out => {
                 for item in &items[range] {
@@ -253,36 +284,32 @@ impl Lane {
     }
 
     fn verify(&self, items: &[Item], range: Range<usize>) -> Vec<(usize, Result<Verified, CopyError>)> {
-        let offsets = items[range.clone()].iter().map(|item| item.offset).collect();
-        let (pool, bytes) = (self.gpu.pool(), self.plan.record_bytes());
-        // SAFETY: the records are published, so that nobody writes them, and pinned by the job's lease.
-        let sums = unsafe { self.gpu.crew().checksums(pool, bytes, offsets) };
-        let outside =
-            |item: &Item| CopyError::OutOfBounds { bytes: pool.bytes(), offset: item.offset, length: bytes };
-        match sums {
-            Some(sums) => {
-                range.zip(sums).map(|(index, found)| (index, Verified::check(items[index], found))).collect()
+        let mut out = Vec::with_capacity(range.len());
+        let (mut known, mut extents) = (Vec::with_capacity(range.len()), Vec::with_capacity(range.len()));
+        for index in range {
+            match self.checked(&items[index]) {
+                Ok((_, extent)) => {
+                    known.push(index);
+                    extents.push(extent);
+                }
+                Err(error) => out.push((index, Err(error))),
             }
-            None => range.map(|index| (index, Err(outside(&items[index])))).collect(),
         }
+        // SAFETY: the records are published, so that nobody writes them, and pinned by the job's lease.
+        let sums = unsafe { self.gpu.crew().checksums(self.gpu.pool(), extents) };
+        // Never none: the extents were checked.
+        for (index, found) in known.into_iter().zip(sums.unwrap_or_default()) {
+            out.push((index, Verified::check(items[index], found)));
+        }
+        out
     }
 
     fn pieces(&self, item: &Item, pieces: &mut Vec<Piece>) -> Result<(), CopyError> {
-        let Item { block, offset, .. } = *item;
-        let record_bytes = self.plan.record_bytes();
-        if !self.plan.contains(block) {
-            let blocks = self.plan.num_blocks();
-            return Err(CopyError::Shape { blocks, record_bytes, block, length: record_bytes });
-        }
-        let pool = self.gpu.pool();
-        if offset.checked_add(record_bytes).is_none_or(|end| end > pool.bytes()) {
-            return Err(CopyError::OutOfBounds { bytes: pool.bytes(), offset, length: record_bytes });
-        }
-        let shift = block * self.plan.engine_block_stride();
-        for segment in self.segments.iter() {
-            let device = self.memory.address(segment.engine + shift, segment.len)?;
-            let (base, part) = (pool.address() as u64, self.gpu.pin_part());
-            let (mut device, mut at, mut left) = (device, offset + segment.record, segment.len);
+        let (plan, extent) = self.checked(item)?;
+        let (base, part) = (self.gpu.pool().address() as u64, self.gpu.pin_part());
+        for segment in plan.segments(item.block) {
+            let mut device = self.memory.address(segment.engine, segment.len)?;
+            let (mut at, mut left) = (extent.offset + segment.record, segment.len);
             while left > 0 {
                 let bytes = left.min(part - at % part);
                 pieces.push(Piece { device, host: base + at, bytes });
@@ -342,10 +369,11 @@ impl Lane {
         if self.direction == Direction::In {
             return;
         }
-        let offsets = items[range.clone()].iter().map(|item| item.offset).collect();
-        let (pool, bytes) = (self.gpu.pool(), self.plan.record_bytes());
+        // Never fewer than items: the chunk was queued.
+        let extents =
+            items[range.clone()].iter().filter_map(|item| Some(self.checked(item).ok()?.1)).collect();
         // SAFETY: the copies into these extents have landed, and the core gave them to this job alone.
-        let sums = unsafe { self.gpu.crew().checksums(pool, bytes, offsets) };
+        let sums = unsafe { self.gpu.crew().checksums(self.gpu.pool(), extents) };
         for (index, sum) in range.zip(sums.unwrap_or_default()) {
             moved[index] = Moved::Copied(sum);
         }

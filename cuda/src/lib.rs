@@ -9,7 +9,7 @@ mod pool;
 mod watchdog;
 
 pub use copy::{BlockCopier, CopyError};
-pub use crew::Crew;
+pub use crew::{Crew, Extent};
 pub use device_memory::{DeviceHandle, DeviceMemory, DeviceSource, Gpu, GpuParts};
 pub use host::{MemfdMemory, ProcessMemory};
 pub use lane::{Item, Lane, Moved};

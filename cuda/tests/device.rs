@@ -17,7 +17,9 @@ use pillion_cuda::{
     driver::{self, Allocation, BatchApi, Context, Direction, Event, ExportedHandle, ForeignStream},
 };
 use pillion_fake_cuda::testing::{self, Faults};
-use pillion_layouts::{BlockPlan, plan, vllm};
+use pillion_layouts::vllm::KvCacheTensor;
+use pillion_layouts::vllm::groups::{Group, Pages};
+use pillion_layouts::{BlockPlan, Worker};
 use pillion_shm::pidfd::Process;
 
 const LAYERS: u64 = 4;
@@ -30,28 +32,36 @@ const OFFSET: u64 = 4096;
 const PIN_PART: u64 = 5 * RECORD + 4096;
 const PATIENCE: Duration = Duration::from_millis(400);
 
-fn layout(order: &str) -> BlockPlan {
+/// A full group and a smaller one on the same blocks.
+fn plans(order: &str) -> Arc<[BlockPlan]> {
     let block_first = order.starts_with('B');
-    let cache = vllm::KvCache {
-        order: order.into(),
-        num_blocks: BLOCKS,
+    let group = |layers: u64| Group {
         block_tokens: 64,
-        dtype: "bfloat16".into(),
-        kind: "FullAttentionSpec".into(),
-        heads: 8,
-        states: 64,
-        content_bytes: 512,
-        page_bytes: PAGE,
-        memory_bytes: BLOCKS * RECORD,
-        tensors: vec![vllm::KvCacheTensor {
-            size: BLOCKS * RECORD,
-            offset: 0,
-            layer_stride: if block_first { PAGE } else { PAGE * BLOCKS },
-            block_stride: if block_first { RECORD } else { PAGE },
-            layers: (0..LAYERS).map(|layer| format!("layers.{layer}")).collect(),
+        pages: vec![Pages {
+            tensor: KvCacheTensor {
+                size: BLOCKS * RECORD,
+                offset: 0,
+                layer_stride: if block_first { PAGE } else { PAGE * BLOCKS },
+                block_stride: if block_first { RECORD } else { PAGE },
+                layers: (0..layers).map(|layer| format!("group{layers}.layers.{layer}")).collect(),
+            },
+            heads: 8,
+            states: 64,
+            content_bytes: 512,
+            page_bytes: PAGE,
+            kernel_blocks: 1,
+            packing: "kv total_heads=8 key=256 value=256 dtype=bfloat16".parse().unwrap(),
         }],
     };
-    plan(&vllm::layout(&cache).unwrap()).unwrap()
+    let worker = Worker {
+        order: order.into(),
+        num_blocks: BLOCKS,
+        memory_bytes: BLOCKS * RECORD,
+        rank: 0,
+        world: 1,
+        groups: vec![group(LAYERS), group(LAYERS - 1)],
+    };
+    worker.check().unwrap().into_iter().map(|group| group.plan().clone()).collect()
 }
 
 /// An engine's memory and a sidecar's device in one process, as the fake allows for VMM memory.
@@ -60,7 +70,7 @@ struct Rig {
     pool: Arc<HostPool>,
     dog: Watchdog,
     kv: Allocation,
-    plan: Arc<BlockPlan>,
+    plans: Arc<[BlockPlan]>,
     faults: Faults,
 }
 
@@ -146,7 +156,7 @@ fn rig(order: &str, faults: &str) -> Rig {
         pin_part: PIN_PART,
     };
     let gpu = Arc::new(Gpu::start(parts).unwrap());
-    Rig { gpu, pool, dog, kv, plan: Arc::new(layout(order)), faults: lent }
+    Rig { gpu, pool, dog, kv, plans: plans(order), faults: lent }
 }
 
 impl Rig {
@@ -172,7 +182,7 @@ impl Rig {
     }
 
     fn lane(&self, memory: &Arc<DeviceMemory>, direction: Direction) -> Lane {
-        Lane::new(Arc::clone(&self.gpu), Arc::clone(memory), Arc::clone(&self.plan), direction).unwrap()
+        Lane::new(Arc::clone(&self.gpu), Arc::clone(memory), Arc::clone(&self.plans), direction).unwrap()
     }
 
     /// The engine's own view: on the fake, device addresses can be read and written here.
@@ -184,8 +194,12 @@ impl Rig {
     }
 
     fn block(&self, block: u64) -> Vec<u8> {
+        self.block_of(0, block)
+    }
+
+    fn block_of(&self, group: u16, block: u64) -> Vec<u8> {
         let (kv, mut bytes) = (self.kv(), Vec::with_capacity(RECORD as usize));
-        for segment in self.plan.segments(block) {
+        for segment in self.plans[usize::from(group)].segments(block) {
             bytes.extend_from_slice(&kv[segment.engine as usize..(segment.engine + segment.len) as usize]);
         }
         bytes
@@ -208,7 +222,8 @@ impl Rig {
 
 /// Blocks in an order of their own, records in another.
 fn items() -> Vec<Item> {
-    let item = |index: u64| Item { block: (index * 7 + 3) % BLOCKS, offset: index * RECORD, checksum: 0 };
+    let item =
+        |index: u64| Item { group: 0, block: (index * 7 + 3) % BLOCKS, offset: index * RECORD, checksum: 0 };
     (0..BLOCKS).map(item).collect()
 }
 
@@ -242,6 +257,45 @@ fn round_trip(rig: &Rig) {
     }
     assert_eq!(rig.faults.count("pageable"), 0, "the pool is registered");
     assert_eq!(rig.dog.stuck(), None);
+}
+
+/// Records of two sizes in one job, without room between them, over the borders of chunks and pins.
+#[test]
+fn one_job_moves_blocks_of_several_groups() {
+    for order in ["BLHNC", "LBHNC"] {
+        let rig = rig(order, "");
+        rig.fill();
+        let memory = rig.import();
+        let mut offset = 0;
+        let item = |(index, item): (usize, Item)| {
+            let group = u16::from(index % 3 != 0);
+            let item = Item { group, offset, ..item };
+            offset += rig.plans[usize::from(group)].record_bytes();
+            item
+        };
+        let items: Vec<Item> = items().into_iter().enumerate().map(item).collect();
+        let before: Vec<_> = items.iter().map(|item| rig.block_of(item.group, item.block)).collect();
+        let saved = rig.lane(&memory, Direction::Out).run(&items, None, &go());
+        let mut items = with_checksums(&items, &saved);
+        for (item, before) in items.iter().zip(&before) {
+            // SAFETY: no copy runs.
+            let record = unsafe { rig.pool.record(item.offset, before.len() as u64) }.unwrap();
+            assert!(record == before, "record of block {}", item.block);
+        }
+        rig.kv().fill(0xee);
+        // A checksum of another group's record, in the middle of a chunk.
+        items[7].group = 1 - items[7].group;
+        let loaded = rig.lane(&memory, Direction::In).run(&items, None, &go());
+        for (index, (item, before)) in items.iter().zip(&before).enumerate() {
+            let copied = matches!(loaded[index], Moved::Copied(checksum) if checksum == item.checksum);
+            assert_eq!(copied, index != 7, "{:?}", loaded[index]);
+            let now = rig.block_of(item.group, item.block);
+            match copied {
+                true => assert!(now == *before, "block {}", item.block),
+                false => assert!(now.iter().all(|byte| *byte == 0xee), "bytes that were not proved"),
+            }
+        }
+    }
 }
 
 #[test]
@@ -355,13 +409,13 @@ fn given_up_with(
     event: Option<u32>,
     faults: &'static str,
 ) -> Option<String> {
-    let (gpu, plan) = (Arc::clone(&rig.gpu), Arc::clone(&rig.plan));
+    let (gpu, plans) = (Arc::clone(&rig.gpu), Arc::clone(&rig.plans));
     let done = Arc::new(AtomicBool::new(false));
     let ended = Arc::clone(&done);
     let (made, is_made) = std::sync::mpsc::channel();
     let (begin, may_begin) = std::sync::mpsc::channel();
     thread::spawn(move || {
-        let mut lane = Lane::new(gpu, memory, plan, Direction::Out).unwrap();
+        let mut lane = Lane::new(gpu, memory, plans, Direction::Out).unwrap();
         made.send(()).unwrap();
         may_begin.recv().unwrap();
         let _ = lane.run(&items(), event, &AtomicBool::new(false));
@@ -499,15 +553,18 @@ fn memory_that_cannot_be_imported_is_an_error_with_its_reason() {
     assert_eq!(rig.faults.count("live_imports"), 0, "what was half done is undone");
     let outside = DeviceSource { bytes: u64::MAX, ..rig.own() };
     assert!(rig.gpu.import(outside).unwrap_err().to_string().contains("inside its allocation"));
-    // Blocks beyond the plan, records beyond the pool: never an address.
+    // Blocks beyond the plan, records beyond the pool, groups that are not there: never an address.
     let memory = rig.import();
     let wrong = [
-        Item { block: BLOCKS, offset: 0, checksum: 0 },
-        Item { block: 0, offset: BLOCKS * RECORD - 1, checksum: 0 },
+        Item { group: 0, block: BLOCKS, offset: 0, checksum: 0 },
+        Item { group: 0, block: 0, offset: BLOCKS * RECORD - 1, checksum: 0 },
+        Item { group: 2, block: 0, offset: 0, checksum: 0 },
     ];
     for item in wrong {
-        let moved = rig.lane(&memory, Direction::Out).run(&[item], None, &go());
-        assert!(matches!(moved[..], [Moved::Failed(_)]), "{moved:?}");
+        for direction in [Direction::Out, Direction::In] {
+            let moved = rig.lane(&memory, direction).run(&[item], None, &go());
+            assert!(matches!(moved[..], [Moved::Failed(_)]), "{moved:?}");
+        }
     }
 }
 

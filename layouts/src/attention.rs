@@ -2,9 +2,8 @@
 
 use crate::axes::Strides;
 use crate::content::{BlockContent, Plane, Rank, Role};
-use crate::layout::Dim;
 use crate::refusal::Refusal;
-use crate::shape::{Dtype, Sharding};
+use crate::shape::{Dim, Dtype, Sharding};
 use crate::shard::{Part, Piece};
 
 /// The content of an attention layer, over all ranks.

@@ -19,9 +19,8 @@
 use crate::attention::Attention;
 use crate::axes::expect;
 use crate::content::{BlockContent, Plane, Rank, Role};
-use crate::layout::Dim;
 use crate::refusal::Refusal;
-use crate::shape::{Order, Sharding};
+use crate::shape::{Dim, Order, Sharding};
 use crate::shard::{Extent, Part, Piece, Shard};
 use crate::vllm::{Cells, Packing, StatePart};
 

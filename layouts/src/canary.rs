@@ -4,43 +4,49 @@
 //! reads that block by its layout. Any difference of opinion shows up as a wrong byte at a known
 //! coordinate, and the registration is refused.
 //!
-//! Word `i` of a record in `[L, H, N, C]` order, little endian, is `splitmix64(seed + i)`.
+//! Word `i` of the canary, little endian, is `splitmix64(seed + i)`. Which byte of it belongs where:
+//! [`crate::CheckedGroup::canary_check`] for a worker's groups, the order of the record for a [`Shard`].
 
 use crate::content::Role;
-use crate::shape::LogicalShape;
 use crate::shard::Shard;
 
 /// What the canary says about a block that was read.
 #[non_exhaustive]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CanaryMismatch {
     /// The bytes are not those of one block of this shape.
-    #[error("layout canary: expected a block of {expected} bytes, got {got}; read block 0 by its plan")]
+    #[error("layout canary: expected a block of {expected} bytes, got {got}; read it by its plan")]
     Length {
-        /// Bytes of a block of the shape; 0 if it has none.
+        /// Bytes of a block.
         expected: u64,
         /// Bytes that came.
         got: u64,
     },
     /// A byte is not where the layout says.
     #[error(
-        "layout canary: expected {expected:#04x} in layer {layer}, head {head}, state {state}, byte {byte}, \
+        "layout canary: expected {expected:#04x} in layer `{layer}`, head {head}, state {state}, byte {byte}, \
          got {got:#04x}; the engine stores this cache in another way than it says, run it without pillion \
          and report its version"
     )]
     Byte {
-        /// Layer, in registration order.
-        layer: u32,
-        /// Head slot.
-        head: u32,
-        /// State.
-        state: u32,
+        /// Name of the layer, shortened.
+        layer: String,
+        /// Head slot of its page.
+        head: u64,
+        /// State of its page.
+        state: u64,
         /// Byte of the content.
-        byte: u32,
+        byte: u64,
         /// What the canary has there.
         expected: u8,
         /// What was read.
         got: u8,
+    },
+    /// A byte that is moved lies in no page.
+    #[error("layout canary: expected every byte of block 0 in a page, byte {at} of the memory is in none")]
+    Outside {
+        /// Which.
+        at: u64,
     },
     /// A byte of a shard is not where its description says.
     #[error(
@@ -73,33 +79,28 @@ fn word(seed: u64, index: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// Byte `index` of the canary, in record order.
+/// Byte `index` of the canary.
 pub fn canary_byte(seed: u64, index: u64) -> u8 {
     word(seed, index / 8).to_le_bytes()[(index % 8) as usize]
 }
 
-/// Fills `out` with the canary from its start, in record order.
+/// Fills `out` with the canary from its start.
 pub fn canary_fill(seed: u64, out: &mut [u8]) {
-    for (index, chunk) in out.chunks_mut(8).enumerate() {
-        chunk.copy_from_slice(&word(seed, index as u64).to_le_bytes()[..chunk.len()]);
-    }
+    canary_fill_from(seed, 0, out);
 }
 
-/// Compares a block that was read into record order with the canary.
-pub fn canary_check(seed: u64, shape: LogicalShape, record: &[u8]) -> Result<(), CanaryMismatch> {
-    let (expected, got) = (shape.block_bytes().unwrap_or(0), record.len() as u64);
-    if expected == 0 || expected != got {
-        return Err(CanaryMismatch::Length { expected, got });
+/// Fills `out` with the canary from byte `first` on.
+pub fn canary_fill_from(seed: u64, first: u64, out: &mut [u8]) {
+    let skipped = (first % 8) as usize;
+    let (head, rest) = out.split_at_mut(((8 - skipped) % 8).min(out.len()));
+    let mut index = first / 8;
+    if !head.is_empty() {
+        head.copy_from_slice(&word(seed, index).to_le_bytes()[skipped..skipped + head.len()]);
+        index += 1;
     }
-    for (index, chunk) in (0u64..).zip(record.chunks(8)) {
-        let bytes = word(seed, index).to_le_bytes();
-        if let Some(at) = chunk.iter().zip(bytes).position(|(got, expected)| *got != expected) {
-            let (layer, head, state, byte) = shape.locate(index * 8 + at as u64);
-            let (expected, got) = (bytes[at], chunk[at]);
-            return Err(CanaryMismatch::Byte { layer, head, state, byte, expected, got });
-        }
+    for (index, chunk) in (index..).zip(rest.chunks_mut(8)) {
+        chunk.copy_from_slice(&word(seed, index).to_le_bytes()[..chunk.len()]);
     }
-    Ok(())
 }
 
 /// Compares a block that was read into the form of `record` (see [`Shard::record`]) with the canary.

@@ -1,6 +1,6 @@
 //! Whether strided sets of bytes share one, decided without counting them.
 
-use crate::layout::Dim;
+use crate::shape::Dim;
 
 /// The bytes `start + Σ index × stride + 0..len`.
 #[derive(Debug, Clone)]

@@ -1,6 +1,7 @@
 //! Loop nests over contiguous runs, and how many of them become few.
 
 use crate::plan::StridedCopy;
+use crate::refusal::Refusal;
 
 /// An axis as both sides see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,12 +40,23 @@ impl Nest {
         self.axes = joined;
     }
 
-    /// The copies that say it: two levels each, the shortest axes written out.
-    fn copies(&self, out: &mut Vec<StridedCopy>) {
+    /// Its axes as levels of a copy, two at most, and those that must be written out: the shortest.
+    fn levels(&self) -> (Vec<Axis>, Vec<Axis>) {
         let mut axes = self.axes.clone();
         axes.sort_by_key(|axis| std::cmp::Reverse(axis.len));
         let written = axes.split_off(axes.len().min(2));
         axes.sort_by_key(|axis| axis.dst);
+        (axes, written)
+    }
+
+    /// How many copies say it; saturates.
+    fn count(&self) -> u64 {
+        self.levels().1.iter().fold(1, |all, axis| axis.len.saturating_mul(all))
+    }
+
+    /// The copies that say it.
+    fn copies(&self, out: &mut Vec<StridedCopy>) {
+        let (axes, written) = self.levels();
         let mut level = axes.into_iter();
         let mut level = || level.next().unwrap_or(ONCE);
         let (inner, outer) = (level(), level());
@@ -71,8 +83,12 @@ impl Nest {
     }
 }
 
+/// Copies of one plan, at most. What engines describe takes some hundreds; only a hostile description
+/// has so many axes that go in different directions.
+const COPIES_MAX: u64 = 1 << 20;
+
 /// As few copies as joining nests of equal form finds.
-pub(crate) fn copies(mut nests: Vec<Nest>) -> Vec<StridedCopy> {
+pub(crate) fn copies(mut nests: Vec<Nest>) -> Result<Vec<StridedCopy>, Refusal> {
     loop {
         let before = nests.len();
         nests.iter_mut().for_each(Nest::normalise);
@@ -84,8 +100,12 @@ pub(crate) fn copies(mut nests: Vec<Nest>) -> Vec<StridedCopy> {
     let mut out = Vec::new();
     nests.sort_by_key(|nest| nest.dst);
     nests.iter_mut().for_each(Nest::normalise);
+    let got = nests.iter().fold(0, |all: u64, nest| all.saturating_add(nest.count()));
+    if got > COPIES_MAX {
+        return Err(Refusal::TooMuch { what: "strided copies of a block", limit: COPIES_MAX, got });
+    }
     nests.iter().for_each(|nest| nest.copies(&mut out));
-    out
+    Ok(out)
 }
 
 /// Joins nests whose runs touch on both sides: keys and values of a token.

@@ -1,32 +1,31 @@
-//! From a pair of layouts to merged strided copies.
+//! The runs between the blocks of one engine and their records.
 
-use crate::layout::{Layout, Region};
 use crate::refusal::Refusal;
+use crate::shard::Shard;
+use crate::transfer::plan_between;
 
 /// Equal runs at two nested strides: `count2` rows of `count` runs of `len` bytes.
 ///
-/// `src` is the engine's side (block 0, from the allocation's base), `dst` the record's. A plan is
-/// used in both directions; the names are those of a save. A level that is not needed has count 1
-/// and stride 0.
+/// A level that is not needed has count 1 and stride 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StridedCopy {
-    /// First byte in the engine's memory.
+    /// First byte in the source.
     pub src: u64,
-    /// First byte in the record.
+    /// First byte in the destination.
     pub dst: u64,
     /// Bytes of one contiguous run.
     pub len: u64,
     /// Runs of the inner level.
     pub count: u64,
-    /// Between runs, in the engine's memory.
+    /// Between runs, in the source.
     pub src_stride: u64,
-    /// Between runs, in the record.
+    /// Between runs, in the destination.
     pub dst_stride: u64,
     /// Repetitions of the inner level.
     pub count2: u64,
-    /// Between repetitions, in the engine's memory.
+    /// Between repetitions, in the source.
     pub src_stride2: u64,
-    /// Between repetitions, in the record.
+    /// Between repetitions, in the destination.
     pub dst_stride2: u64,
 }
 
@@ -36,14 +35,21 @@ impl StridedCopy {
         self.len * self.count * self.count2
     }
 
-    /// Run `index` of `count × count2`, for block 0.
-    fn run(&self, index: u64) -> Segment {
-        let (row, column) = (index / self.count, index % self.count);
-        Segment {
-            engine: self.src + row * self.src_stride2 + column * self.src_stride,
-            record: self.dst + row * self.dst_stride2 + column * self.dst_stride,
-            len: self.len,
-        }
+    /// Runs that it stands for; saturates.
+    pub(crate) fn runs(&self) -> u64 {
+        self.count.saturating_mul(self.count2)
+    }
+
+    /// Its runs, as `(source, destination, bytes)`.
+    pub(crate) fn each(&self) -> impl Iterator<Item = (u64, u64, u64)> + use<> {
+        let copy = *self;
+        (0..copy.count2).flat_map(move |row| {
+            (0..copy.count).map(move |column| {
+                let src = copy.src + row * copy.src_stride2 + column * copy.src_stride;
+                let dst = copy.dst + row * copy.dst_stride2 + column * copy.dst_stride;
+                (src, dst, copy.len)
+            })
+        })
     }
 }
 
@@ -58,25 +64,106 @@ pub struct Segment {
     pub len: u64,
 }
 
-/// How any block of an engine and its record correspond, in both directions.
+/// Bytes of a record, at most.
+pub const RECORD_BYTES_MAX: u64 = 1 << 30;
+/// Runs of a block, at most: more would cost more to name than to move.
+pub const RUNS_MAX: u64 = 1 << 20;
+
+/// How far the runs move from block to block.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Steps {
+    /// All alike.
+    Even(u64),
+    /// One per run.
+    Each(Vec<u64>),
+}
+
+/// How any block of an engine and its record correspond, in both directions: the contiguous runs of
+/// block 0, in record order, and how far each moves from block to block. They cover the record once.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockPlan {
-    copies: Vec<StridedCopy>,
-    engine_block_stride: u64,
+    runs: Vec<Segment>,
+    steps: Steps,
     num_blocks: u64,
     record_bytes: u64,
 }
 
 impl BlockPlan {
-    /// The copies of block 0, in record order; together they cover the record once. Block `b` is
-    /// `b × engine_block_stride` further on the engine's side.
-    pub fn copies(&self) -> &[StridedCopy] {
-        &self.copies
+    /// The plan between a shard's blocks and their records (see [`Shard::record`]).
+    pub fn new(shard: &Shard) -> Result<BlockPlan, Refusal> {
+        let too_much = |what, limit, got| Refusal::TooMuch { what, limit, got };
+        let record_bytes = shard.block_bytes();
+        if record_bytes > RECORD_BYTES_MAX {
+            return Err(too_much("bytes of a block", RECORD_BYTES_MAX, record_bytes));
+        }
+        let record = shard.record()?;
+        let plan = plan_between(std::slice::from_ref(shard), std::slice::from_ref(&record))?;
+        let count = plan.copies().iter().fold(0u64, |all, shard| all.saturating_add(shard.copy.runs()));
+        if count > RUNS_MAX {
+            return Err(too_much("contiguous runs of a block", RUNS_MAX, count));
+        }
+        let mut runs: Vec<(Segment, u64)> = Vec::with_capacity(count as usize);
+        for shard in plan.copies() {
+            let run = |(engine, record, len)| (Segment { engine, record, len }, shard.src_block_stride);
+            runs.extend(shard.copy.each().map(run));
+        }
+        runs.sort_unstable_by_key(|(run, _)| run.record);
+        Ok(Self::merged(runs, shard.num_blocks(), record_bytes))
     }
 
-    /// Bytes between one block's addresses and the next one's.
-    pub fn engine_block_stride(&self) -> u64 {
-        self.engine_block_stride
+    /// Joins runs that touch on both sides in every block.
+    fn merged(runs: Vec<(Segment, u64)>, num_blocks: u64, record_bytes: u64) -> BlockPlan {
+        let mut whole: Vec<Segment> = Vec::with_capacity(runs.len());
+        let mut steps: Vec<u64> = Vec::with_capacity(runs.len());
+        for (run, step) in runs {
+            match (whole.last_mut(), steps.last()) {
+                (Some(last), Some(same))
+                    if *same == step
+                        && last.engine + last.len == run.engine
+                        && last.record + last.len == run.record =>
+                {
+                    last.len += run.len;
+                }
+                _ => {
+                    whole.push(run);
+                    steps.push(step);
+                }
+            }
+        }
+        whole.shrink_to_fit();
+        let first = steps.first().copied().unwrap_or(0);
+        let even = steps.iter().all(|step| *step == first);
+        let steps = if even { Steps::Even(first) } else { Steps::Each(steps) };
+        BlockPlan { runs: whole, steps, num_blocks, record_bytes }
+    }
+
+    /// The same with runs of at most `len` bytes.
+    ///
+    /// # Panics
+    /// If `len` is 0.
+    pub fn cut(&self, len: u64) -> BlockPlan {
+        assert!(len > 0, "runs of no bytes");
+        let mut runs = Vec::with_capacity(self.runs.len());
+        let mut steps = Vec::new();
+        for (index, run) in self.runs.iter().enumerate() {
+            for skip in (0..run.len).step_by(len as usize) {
+                let (engine, record) = (run.engine + skip, run.record + skip);
+                runs.push(Segment { engine, record, len: len.min(run.len - skip) });
+                if let Steps::Each(each) = &self.steps {
+                    steps.push(each[index]);
+                }
+            }
+        }
+        let steps = match self.steps {
+            Steps::Even(step) => Steps::Even(step),
+            Steps::Each(_) => Steps::Each(steps),
+        };
+        BlockPlan { runs, steps, num_blocks: self.num_blocks, record_bytes: self.record_bytes }
+    }
+
+    /// Runs of a block.
+    pub fn runs(&self) -> usize {
+        self.runs.len()
     }
 
     /// Number of blocks of the engine.
@@ -101,160 +188,37 @@ impl BlockPlan {
     /// If the engine has no such block: an address outside its blocks must never be computed.
     pub fn segments(&self, block: u64) -> Segments<'_> {
         assert!(self.contains(block), "block {block}: the engine has blocks 0 to {}", self.num_blocks - 1);
-        let shift = block * self.engine_block_stride;
-        Segments { copies: &self.copies, run: 0, shift, pending: None }
+        let (shift, each) = match &self.steps {
+            Steps::Even(step) => (block * step, [].as_slice()),
+            Steps::Each(each) => (0, each.as_slice()),
+        };
+        Segments { runs: self.runs.iter(), each: each.iter(), block, shift }
     }
 }
 
 /// The runs of one block. See [`BlockPlan::segments`].
 #[derive(Debug, Clone)]
 pub struct Segments<'a> {
-    copies: &'a [StridedCopy],
-    run: u64,
+    runs: std::slice::Iter<'a, Segment>,
+    /// Empty where all runs move alike.
+    each: std::slice::Iter<'a, u64>,
+    block: u64,
     shift: u64,
-    pending: Option<Segment>,
-}
-
-impl Segments<'_> {
-    /// The next run of the copies, not merged.
-    fn step(&mut self) -> Option<Segment> {
-        let copy = self.copies.first()?;
-        let mut run = copy.run(self.run);
-        run.engine += self.shift;
-        self.run += 1;
-        if self.run == copy.count * copy.count2 {
-            self.run = 0;
-            self.copies = &self.copies[1..];
-        }
-        Some(run)
-    }
 }
 
 impl Iterator for Segments<'_> {
     type Item = Segment;
 
+    #[inline]
     fn next(&mut self) -> Option<Segment> {
-        let mut whole = match self.pending.take() {
-            Some(segment) => segment,
-            None => self.step()?,
-        };
-        // Runs of different copies, or the end of one row and the start of the next, can touch.
-        while let Some(next) = self.step() {
-            if next.engine != whole.engine + whole.len || next.record != whole.record + whole.len {
-                self.pending = Some(next);
-                break;
-            }
-            whole.len += next.len;
-        }
-        Some(whole)
+        let run = self.runs.next()?;
+        let shift = self.each.next().map_or(self.shift, |step| self.block * step);
+        Some(Segment { engine: run.engine + shift, ..*run })
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.runs.size_hint()
     }
 }
 
-/// Plans the copies between the blocks of an engine and their records.
-pub fn plan(engine: &Layout) -> Result<BlockPlan, Refusal> {
-    let record = Layout::record(engine.content().clone())?;
-    between(engine, &record)
-}
-
-/// Plans for two layouts of equal content, of which the second is one block.
-fn between(engine: &Layout, record: &Layout) -> Result<BlockPlan, Refusal> {
-    if engine.format() != record.format() {
-        return Err(Refusal::Format { expected: engine.format(), got: record.format() });
-    }
-    let (Some(first), [stored]) = (engine.regions().first(), record.regions()) else {
-        return Err(Refusal::Zero { what: "regions" });
-    };
-    let engine_block_stride = first.blocks.stride;
-    let mut copies = Vec::new();
-    for (index, region) in engine.regions().iter().enumerate() {
-        let (expected, got) = (engine_block_stride, region.blocks.stride);
-        if expected != got {
-            return Err(Refusal::MixedBlockStrides { region: index, expected, got });
-        }
-        for copy in region_copies(region, stored) {
-            append(&mut copies, copy);
-        }
-    }
-    let (num_blocks, record_bytes) = (engine.num_blocks(), engine.record_bytes());
-    debug_assert_eq!(copies.iter().map(StridedCopy::bytes).sum::<u64>(), record_bytes);
-    Ok(BlockPlan { copies, engine_block_stride, num_blocks, record_bytes })
-}
-
-/// An axis as both sides see it.
-#[derive(Clone, Copy)]
-struct Axis {
-    len: u64,
-    src: u64,
-    dst: u64,
-}
-
-/// No step at all: fills up the levels of a copy.
-const ONCE: Axis = Axis { len: 1, src: 0, dst: 0 };
-
-/// The copies of one region. Axes that continue each other on both sides become one; of what
-/// remains (three at most) the outermost is written out, so that no copy is made per token.
-fn region_copies(region: &Region, stored: &Region) -> impl Iterator<Item = StridedCopy> {
-    let mut len = region.content_bytes;
-    let mut axes: Vec<Axis> = Vec::with_capacity(3);
-    let pairs =
-        [(region.states, stored.states), (region.heads, stored.heads), (region.layers, stored.layers)];
-    for (source, target) in pairs {
-        let axis = Axis { len: source.len, src: source.stride, dst: target.stride };
-        match axes.last_mut() {
-            _ if axis.len == 1 => {}
-            None if axis.src == len && axis.dst == len => len *= axis.len,
-            Some(last) if axis.src == last.src * last.len && axis.dst == last.dst * last.len => {
-                last.len *= axis.len;
-            }
-            _ => axes.push(axis),
-        }
-    }
-    let mut axes = axes.into_iter();
-    let mut level = || axes.next().unwrap_or(ONCE);
-    let (inner, middle, outer) = (level(), level(), level());
-    let src = region.offset;
-    let dst = u64::from(region.first_layer - stored.first_layer) * stored.layers.stride;
-    (0..outer.len).map(move |step| StridedCopy {
-        src: src + step * outer.src,
-        dst: dst + step * outer.dst,
-        len,
-        count: inner.len,
-        src_stride: inner.src,
-        dst_stride: inner.dst,
-        count2: middle.len,
-        src_stride2: middle.src,
-        dst_stride2: middle.dst,
-    })
-}
-
-/// Adds a copy, as part of the one before where that is possible.
-fn append(copies: &mut Vec<StridedCopy>, next: StridedCopy) {
-    if let Some(last) = copies.last_mut()
-        && let Some(merged) = merge(last, &next)
-    {
-        *last = merged;
-        return;
-    }
-    copies.push(next);
-}
-
-/// Two copies as one: a longer run, or more runs at the same stride.
-fn merge(last: &StridedCopy, next: &StridedCopy) -> Option<StridedCopy> {
-    if last.count2 != 1 || next.count2 != 1 {
-        return None;
-    }
-    let (src_step, dst_step) = (next.src.checked_sub(last.src)?, next.dst.checked_sub(last.dst)?);
-    if last.count == 1 && next.count == 1 && src_step == last.len && dst_step == last.len {
-        return Some(StridedCopy { len: last.len + next.len, ..*last });
-    }
-    let (src_stride, dst_stride) =
-        if last.count == 1 { (src_step, dst_step) } else { (last.src_stride, last.dst_stride) };
-    let continues = src_step == last.count * src_stride && dst_step == last.count * dst_stride;
-    let same = next.count == 1 || (next.src_stride == src_stride && next.dst_stride == dst_stride);
-    (last.len == next.len && continues && same).then(|| StridedCopy {
-        count: last.count + next.count,
-        src_stride,
-        dst_stride,
-        ..*last
-    })
-}
+impl ExactSizeIterator for Segments<'_> {}

@@ -18,15 +18,6 @@ pub enum Refusal {
         /// What came, shortened.
         got: String,
     },
-    /// The group's kind is not one that this version can store.
-    #[error(
-        "kv cache kind: expected `FullAttentionSpec`, got `{got}`; \
-         this pillion serves plain full attention only, run this model without it"
-    )]
-    UnsupportedKind {
-        /// What came, shortened.
-        got: String,
-    },
     /// The dtype is not known, or is a storage type that hides the format.
     #[error(
         "kv cache dtype: expected one of float32, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2, got `{got}`; \
@@ -51,10 +42,10 @@ pub enum Refusal {
         /// Which product or sum.
         what: &'static str,
     },
-    /// A page holds another number of states than the block has tokens.
+    /// A page holds a number of states that does not go with the block's tokens.
     #[error(
-        "states in a page: expected one per token ({block_tokens}), got {states}; compressed states and \
-         kernel blocks smaller than --block-size are not served, set --block-size to the kernel's size"
+        "states in a page: expected one per token ({block_tokens}), or of compressed rows one per so many, got \
+         {states}; the engine's kv cache description is inconsistent"
     )]
     StatesPerBlock {
         /// N of the page.
@@ -186,48 +177,6 @@ pub enum Refusal {
         /// Bytes of the allocation.
         memory_bytes: u64,
     },
-    /// Two parts of the layout share bytes.
-    #[error(
-        "regions {first} and {second}: expected disjoint bytes, they overlap; \
-         caches whose groups alias one pool are not served"
-    )]
-    Overlap {
-        /// Index of one region.
-        first: usize,
-        /// Index of the other; the same index if a region overlaps itself.
-        second: usize,
-    },
-    /// Layers are not covered by the regions exactly once.
-    #[error(
-        "layers: expected {expected} from the regions, got {got} names; each layer belongs to one region"
-    )]
-    LayerCount {
-        /// Layers that the regions hold.
-        expected: u64,
-        /// Names given.
-        got: u64,
-    },
-    /// Source and destination hold different things.
-    #[error("record format: expected `{expected}`, got `{got}`; records of one format do not fit another")]
-    Format {
-        /// Format of the engine's side.
-        expected: String,
-        /// Format of the other.
-        got: String,
-    },
-    /// Regions move from block to block at different strides.
-    #[error(
-        "region {region}, block stride: expected {expected} bytes as in region 0, got {got}; \
-         this version plans one group whose tensors step alike"
-    )]
-    MixedBlockStrides {
-        /// Index of the region.
-        region: usize,
-        /// Stride of the first region.
-        expected: u64,
-        /// Stride of this one.
-        got: u64,
-    },
     /// A rank that does not exist.
     #[error("rank: expected one below {size}, got {index}; the engine's parallel configuration is damaged")]
     Rank {
@@ -356,6 +305,24 @@ pub enum Refusal {
         "role of a buffer: expected key, value or index_key as the group's content has them, got `{got}`"
     )]
     UnknownRole {
+        /// What came, shortened.
+        got: String,
+    },
+    /// A description beyond what is worth serving, or what a healthy peer sends.
+    #[error("{what}: expected at most {limit}, got {got}; run this engine without pillion")]
+    TooMuch {
+        /// What there is too much of.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
+        /// What came.
+        got: u64,
+    },
+    /// The text of a packing does not parse.
+    #[error("packing of a page: expected {expected}, got `{got}`")]
+    Packing {
+        /// What could stand there.
+        expected: String,
         /// What came, shortened.
         got: String,
     },

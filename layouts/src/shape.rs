@@ -5,42 +5,13 @@ use std::str::FromStr;
 
 use crate::refusal::{Refusal, shown};
 
-/// The logical shape of one block: `[L, H, N, C]`, C in bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct LogicalShape {
-    /// L: layers.
-    pub layers: u32,
-    /// H: head slots of a page.
-    pub heads: u32,
-    /// N: states (tokens, for attention) of a page.
-    pub states: u32,
-    /// C: bytes of one (head, state), keys and values together.
-    pub content_bytes: u32,
-}
-
-impl LogicalShape {
-    /// Bytes of one layer's part of a block, H × N × C; `None` if that leaves 64 bits.
-    pub fn page_bytes(&self) -> Option<u64> {
-        let cells = u64::from(self.heads) * u64::from(self.states);
-        cells.checked_mul(u64::from(self.content_bytes))
-    }
-
-    /// Bytes of a block, L × H × N × C; `None` if that leaves 64 bits.
-    pub fn block_bytes(&self) -> Option<u64> {
-        self.page_bytes()?.checked_mul(u64::from(self.layers))
-    }
-
-    /// Coordinates of a byte of a record: layer, head, state, byte of the content.
-    /// The shape must not contain zeroes.
-    pub(crate) fn locate(&self, byte: u64) -> (u32, u32, u32, u32) {
-        let (content, states, heads) =
-            (u64::from(self.content_bytes), u64::from(self.states), u64::from(self.heads));
-        let (cell, inner) = (byte / content, byte % content);
-        let (row, state) = (cell / states, cell % states);
-        // Each is below a u32 extent, except the layer, which saturates: it only names a place.
-        let layer = u32::try_from(row / heads).unwrap_or(u32::MAX);
-        (layer, (row % heads) as u32, state as u32, inner as u32)
-    }
+/// One axis of an array.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dim {
+    /// How many steps.
+    pub len: u64,
+    /// Bytes from one to the next.
+    pub stride: u64,
 }
 
 /// The physical order of `[L, B, H, N, C]` in memory, outermost first, by vLLM's names.
@@ -166,35 +137,7 @@ impl FromStr for Dtype {
     }
 }
 
-/// The kind of a KV-cache group.
-#[non_exhaustive]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Kind {
-    /// Keys and values of every token, packed `K | V` per (head, state).
-    FullAttention,
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Kind::FullAttention => f.write_str("full_attention"),
-        }
-    }
-}
-
-impl FromStr for Kind {
-    type Err = Refusal;
-
-    /// Takes the class name of vLLM's spec. Subclasses are other kinds: their pages differ.
-    fn from_str(name: &str) -> Result<Kind, Refusal> {
-        match name {
-            "FullAttentionSpec" => Ok(Kind::FullAttention),
-            _ => Err(Refusal::UnsupportedKind { got: shown(name) }),
-        }
-    }
-}
-
-/// How a region divides between the ranks of a tensor-parallel engine.
+/// How a plane divides between the ranks of a tensor-parallel engine.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Sharding {
     /// Each rank holds a range of heads.

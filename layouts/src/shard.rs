@@ -4,8 +4,8 @@ use std::ops::Range;
 
 use crate::content::BlockContent;
 use crate::disjoint::{Comb, disjoint};
-use crate::layout::Dim;
 use crate::refusal::Refusal;
+use crate::shape::Dim;
 
 /// Part of a plane: a set of layers × a range of heads.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -10,9 +10,8 @@
 use crate::attention::{Attention, pieces};
 use crate::axes::{Axis, Strides, dense, expect};
 use crate::content::{BlockContent, Plane, Rank, Role};
-use crate::layout::Dim;
 use crate::refusal::{Refusal, shown};
-use crate::shape::Sharding;
+use crate::shape::{Dim, Sharding};
 use crate::shard::{Extent, Part, Piece, Shard};
 
 /// The order inside a layer's page; it depends on the attention backend.

@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::content::BlockContent;
-use crate::layout::Dim;
 use crate::nest::{Axis, Nest, copies};
 use crate::plan::StridedCopy;
 use crate::refusal::Refusal;
+use crate::shape::Dim;
 use crate::shard::{Piece, Shard};
 
 /// A copy between one source and one destination shard.
@@ -77,17 +77,14 @@ impl Plan {
             self.dst_blocks
         );
         self.copies.iter().flat_map(move |shard| {
-            let copy = shard.copy;
-            let src = copy.src + src_block * shard.src_block_stride;
-            let dst = copy.dst + dst_block * shard.dst_block_stride;
-            (0..copy.count2).flat_map(move |row| {
-                (0..copy.count).map(move |column| Run {
-                    from: shard.from,
-                    to: shard.to,
-                    src: src + row * copy.src_stride2 + column * copy.src_stride,
-                    dst: dst + row * copy.dst_stride2 + column * copy.dst_stride,
-                    len: copy.len,
-                })
+            let src_shift = src_block * shard.src_block_stride;
+            let dst_shift = dst_block * shard.dst_block_stride;
+            shard.copy.each().map(move |(src, dst, len)| Run {
+                from: shard.from,
+                to: shard.to,
+                src: src + src_shift,
+                dst: dst + dst_shift,
+                len,
             })
         })
     }
@@ -131,7 +128,7 @@ pub fn plan_between(source: &[Shard], destination: &[Shard]) -> Result<Plan, Ref
     let mut all = Vec::new();
     for ((from, to, src_block_stride, dst_block_stride), nests) in nests {
         let with = |copy| ShardCopy { from, to, src_block_stride, dst_block_stride, copy };
-        all.extend(copies(nests).into_iter().map(with));
+        all.extend(copies(nests)?.into_iter().map(with));
     }
     let blocks = |shards: &[Shard]| shards.iter().map(Shard::num_blocks).min().unwrap_or(0);
     let bytes = destination.iter().map(Shard::block_bytes).sum();

@@ -21,6 +21,15 @@ die() {
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
+# commit_name: the commit that is checked out, and whether there is more.
+commit_name() {
+    have git && git -C "$ROOT" rev-parse --git-dir >/dev/null 2>&1 || return 0
+    local name
+    name=$(git -C "$ROOT" rev-parse HEAD 2>/dev/null) || return 0
+    [[ -z $(git -C "$ROOT" status --porcelain 2>/dev/null) ]] || name+=-changed
+    printf '%s' "$name"
+}
+
 # quiet NAME TEXT COMMAND...: runs the command with its output in target/logs/NAME.log,
 # shows that it is alive, how long it took and, where it failed, the end of its log.
 quiet() {

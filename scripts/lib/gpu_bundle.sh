@@ -39,12 +39,3 @@ pack_bundle() {
     chmod +x "$file.part"
     mv "$file.part" "$file"
 }
-
-# commit_name: the commit that is checked out, and whether there is more.
-commit_name() {
-    have git && git -C "$ROOT" rev-parse --git-dir >/dev/null 2>&1 || return 0
-    local name
-    name=$(git -C "$ROOT" rev-parse HEAD 2>/dev/null) || return 0
-    [[ -z $(git -C "$ROOT" status --porcelain 2>/dev/null) ]] || name+=-changed
-    printf '%s' "$name"
-}

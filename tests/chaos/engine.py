@@ -143,6 +143,8 @@ class FakeEngine:
     call_seconds: float = CALL_SECONDS
     launch: Sequence[str] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, int] = field(default_factory=dict)
+    """Of the registration."""
 
     def __post_init__(self) -> None:
         self.jobs: dict[bytes, Job] = {}
@@ -160,7 +162,7 @@ class FakeEngine:
             "socket": str(self.socket),
             "engine_id": self.name,
             "tenant": self.tenant,
-            "namespace": {"model": self.model, "dtype": self.shape.dtype, "hash": "sha256", **self.extra},
+            "namespaces": [{"model": self.model, "dtype": self.shape.dtype, "hash": "sha256", **self.extra}],
             "launch": list(self.launch),
             "grace_ms": self.grace_ms,
         }
@@ -191,24 +193,38 @@ class FakeEngine:
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) if self.memfd < 0 else 0
         return {"memfd": self.memfd, "base": base}
 
-    def register(self) -> None:
+    def describe(self, order: str) -> None:
+        """Tells the client how one group of full attention lies in the memory."""
         shape = self.shape
-        names = [f"layers.{index}" for index in range(shape.layers)]
-        self.worker.register(
-            layout=shape.order,
+        layer_stride, block_stride = shape.strides
+        half = shape.content // 2
+        pages = {
+            "size": shape.total,
+            "offset": 0,
+            "layer_stride": layer_stride,
+            "block_stride": block_stride,
+            "layers": [f"layers.{index}" for index in range(shape.layers)],
+            "heads": shape.heads,
+            "states": shape.states,
+            "content_bytes": shape.content,
+            "page_bytes": shape.page,
+            "kernel_blocks": 1,
+            "packing": f"kv total_heads={shape.heads} key={half} value={half} dtype={shape.dtype}",
+        }
+        self.worker.describe(
+            layout=order,
             num_blocks=shape.blocks,
-            block_tokens=shape.states,
-            dtype=shape.dtype,
-            kind="FullAttentionSpec",
-            heads=shape.heads,
-            states=shape.states,
-            content_bytes=shape.content,
-            page_bytes=shape.page,
-            tensors=[(shape.total, 0, *shape.strides, names)],
             memory_bytes=shape.total,
-            canary_seed=self.seed,
+            rank=0,
+            world=1,
+            groups=[{"block_tokens": shape.states, "pages": [pages]}],
             **self._place(),
         )
+
+    def register(self) -> None:
+        self.describe(self.shape.order)
+        self.worker.check_canary(0, self.seed)
+        self.worker.register(**self.options)
 
     # ---- memory ----------------------------------------------------------
 
@@ -268,7 +284,7 @@ class FakeEngine:
         return f"scheduler: {self.scheduler.status()}; worker: {self.worker.status()}"
 
     def lookup(self, hashes: list[bytes]) -> int:
-        count: int = self.timed("lookup", lambda: self.scheduler.lookup(b"".join(hashes)))
+        count: int = self.timed("lookup", lambda: self.scheduler.lookup(0, b"".join(hashes)))
         return count
 
     # ---- jobs ------------------------------------------------------------
@@ -289,12 +305,12 @@ class FakeEngine:
         job = self._job("save", hashes, deadline_ms)
         for block, block_hash in zip(job.blocks, hashes, strict=True):
             self.write(block, self.expected(block_hash))
-        space = self.scheduler.namespace_id() or bytes(16)
-        joined, blocks = b"".join(hashes), job.blocks
+        spaces = self.scheduler.namespace_ids() or bytes(16)
+        joined, blocks, runs = b"".join(hashes), job.blocks, [(0, parent, len(hashes))]
         self.timed(
             "submit_save",
             lambda: self.worker.submit_save(
-                job.id, space, parent, joined, blocks, deadline_ms, **self._after()
+                job.id, spaces, runs, joined, blocks, deadline_ms, **self._after()
             ),
         )
         return self._submitted(job)
@@ -310,7 +326,7 @@ class FakeEngine:
 
     def lease(self, hashes: list[bytes], seconds: float = 5.0) -> tuple[int, int, bytes]:
         """(ticket, blocks granted, lease id); zeros where nothing is there."""
-        ticket: int = self.timed("lease", lambda: self.scheduler.lease(b"".join(hashes)))
+        ticket: int = self.timed("lease", lambda: self.scheduler.lease([(0, b"".join(hashes))]))
         if not ticket:
             return 0, 0, b""
         deadline = time.monotonic() + seconds
@@ -319,10 +335,11 @@ class FakeEngine:
             if time.monotonic() > deadline:
                 self.release(ticket)
                 return 0, 0, b""
-        if not grant[0]:
+        granted, lease = grant
+        if not any(granted):
             self.release(ticket)
             return 0, 0, b""
-        return ticket, grant[0], grant[1]
+        return ticket, granted[0], lease
 
     def release(self, ticket: int) -> None:
         self.timed("release", lambda: self.scheduler.release(ticket))
@@ -339,12 +356,12 @@ class FakeEngine:
         job.ticket = ticket
         for block in job.blocks:
             self.fill(block, 0)
-        space = self.scheduler.namespace_id() or bytes(16)
-        joined, blocks = b"".join(hashes), job.blocks
+        spaces = self.scheduler.namespace_ids() or bytes(16)
+        joined, blocks, runs = b"".join(hashes), job.blocks, [(0, 0, first, len(hashes))]
         self.timed(
             "submit_load",
             lambda: self.worker.submit_load(
-                job.id, lease, first, space, joined, blocks, deadline_ms, **self._after()
+                job.id, lease, spaces, runs, joined, blocks, deadline_ms, **self._after()
             ),
         )
         return self._submitted(job)

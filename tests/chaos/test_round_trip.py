@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from chaos.conftest import World
-from chaos.engine import CANCELLED, DONE, FAILED, Shape, Traffic, chain
+from chaos.engine import CANCELLED, DONE, FAILED, Shape, Traffic, canary, chain
 from chaos.sidecar import until
 
 
@@ -20,10 +20,10 @@ def test_what_was_saved_comes_back_byte_for_byte(world: World, way: str) -> None
     engine = world.engine(sidecar, way=way)
     prompt = chain("a", 40)
     assert engine.lookup(prompt) == 0
-    assert engine.scheduler.absent(b"".join(prompt)) == list(range(40))
+    assert engine.scheduler.absent(0, b"".join(prompt)) == list(range(40))
     assert engine.must_save(prompt).blocks_done == 40
     assert engine.lookup(prompt) == 40
-    assert engine.scheduler.absent(b"".join(prompt)) == []
+    assert engine.scheduler.absent(0, b"".join(prompt)) == []
     assert len(engine.must_load(prompt).hashes) == 40
     worker = next(s for s in sidecar.sessions() if s["role"] == "worker")
     assert worker["registration"]["path"] == way
@@ -131,7 +131,7 @@ def test_tenants_never_see_each_other(world: World) -> None:
     # The same engine id does not open the door either.
     twin = world.engine(sidecar, red.name, tenant="blue")
     assert twin.wait(twin.load_leased(prompt, 0, lease)).outcome == FAILED
-    assert len({engine.scheduler.namespace_id() for engine in (red, blue, default)}) == 3
+    assert len({engine.scheduler.namespace_ids() for engine in (red, blue, default)}) == 3
 
 
 def test_an_unknown_tenant_is_refused_with_the_reason(world: World) -> None:
@@ -149,11 +149,11 @@ def test_a_new_epoch_hides_what_was_saved_before(world: World) -> None:
     engine, other = world.engine(sidecar), world.engine(sidecar)
     prompt = chain("a", 16)
     engine.must_save(prompt)
-    old = engine.scheduler.namespace_id()
+    old = engine.scheduler.namespace_ids()
     engine.scheduler.new_epoch()
     assert engine.lookup(prompt) == 0
     engine.await_ready()
-    assert engine.scheduler.namespace_id() != old
+    assert engine.scheduler.namespace_ids() != old
     assert engine.lookup(prompt) == 0
     assert other.lookup(prompt) == 16, "another engine's epoch is its own"
     assert engine.must_save(prompt).blocks_done == 16
@@ -227,11 +227,11 @@ def test_a_lease_that_is_given_back_before_it_is_granted_does_not_stay(world: Wo
     prompt = chain("a", 8)
     engine.must_save(prompt)
     with sidecar.stopped():
-        tickets = [engine.scheduler.lease(b"".join(prompt)) for _ in range(5)]
+        tickets = [engine.scheduler.lease([(0, b"".join(prompt))]) for _ in range(5)]
         assert all(tickets)
         for ticket in tickets:
             engine.release(ticket)
-            assert engine.scheduler.lease_poll(ticket) == (0, b"")
+            assert engine.scheduler.lease_poll(ticket) == ([], b"")
     until(lambda: sidecar.status()["leases"]["granted"] == 5, "the sidecar to answer")
     until(lambda: sidecar.status()["leases"]["held"] == 0, "them to be given back", 3)
 
@@ -257,21 +257,11 @@ def test_many_engines_of_both_ways_share_one_sidecar(world: World) -> None:
 
 def test_a_layout_that_is_not_what_was_declared_is_refused_before_any_block_moves(world: World) -> None:
     engine = world.engine(world.sidecar())
-    shape = engine.shape
-    names = [f"layers.{index}" for index in range(shape.layers)]
+    engine.write(0, canary(engine.seed, engine.record_bytes))
+    engine.describe("LBNHC")
     with pytest.raises(ValueError, match="canary"):
-        engine.worker.register(
-            layout="LBNHC",
-            num_blocks=shape.blocks,
-            block_tokens=shape.states,
-            dtype=shape.dtype,
-            kind="FullAttentionSpec",
-            heads=shape.heads,
-            states=shape.states,
-            content_bytes=shape.content,
-            page_bytes=shape.page,
-            tensors=[(shape.total, 0, shape.blocks * shape.page, shape.page, names)],
-            memory_bytes=shape.total,
-            memfd=engine.memfd,
-            canary_seed=engine.seed,
-        )
+        engine.worker.check_canary(0, engine.seed)
+    with pytest.raises(ValueError, match="that of group 0 was not"):
+        engine.worker.register()
+    with pytest.raises(ValueError, match="expected a description"):
+        engine.worker.register()

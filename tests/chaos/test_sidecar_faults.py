@@ -27,8 +27,8 @@ def test_an_absent_sidecar_is_a_miss_until_it_comes(world: World) -> None:
     engine = world.engine(sidecar, ready=False)
     prompt = chain("a", 10)
     assert engine.lookup(prompt) == 0 and engine.lease(prompt) == (0, 0, b"")
-    assert engine.scheduler.absent(b"".join(prompt)) == []
-    assert engine.scheduler.namespace_id() is None
+    assert engine.scheduler.absent(0, b"".join(prompt)) == []
+    assert engine.scheduler.namespace_ids() is None
     job = engine.save(prompt)
     engine.poll()
     assert (job.outcome, job.quiesced) == (CANCELLED, True), "at once"
@@ -308,7 +308,7 @@ def test_a_mute_sidecar_is_called_so_and_asked_for_nothing(world: World) -> None
         engine.wait_for(
             lambda: engine.told().count("does not answer heartbeats") == 2, "both halves to notice", 5
         )
-        assert engine.scheduler.lease(b"".join(prompt)) == 0
+        assert engine.scheduler.lease([(0, b"".join(prompt))]) == 0
         begun = time.monotonic()
         assert engine.wait(engine.save(chain("b", 2)), 1).outcome == CANCELLED
         assert time.monotonic() - begun < 0.5, "at once, not at its deadline"

@@ -14,8 +14,8 @@ from pathlib import Path
 HELLO, WELCOME, REFUSED, OPEN, OPENED, REGISTER, LEASE, LEASED = 1, 2, 3, 4, 5, 6, 8, 9
 SAVE, LOAD, CANCEL, PING, PONG, BYE = 12, 13, 14, 15, 16, 17
 SCHEDULER, WORKER, OBSERVER = 0, 1, 2
-Field = tuple[str, int] | bytes | str | list[str] | None
-"""("H", 7): a scalar by its struct letter; bytes: a vector; None: left out."""
+Field = tuple[str, int] | bytes | memoryview | str | list[str] | None
+"""("H", 7): a scalar by its struct letter; bytes or a memoryview: a vector; None: left out."""
 
 
 def table(*fields: Field) -> bytes:
@@ -44,7 +44,12 @@ def table(*fields: Field) -> bytes:
     return bytes(body)
 
 
-def _append(body: bytearray, value: bytes | str | list[str]) -> None:
+def u32(*values: int) -> memoryview:
+    """A vector of uint32."""
+    return memoryview(array.array("I", values))
+
+
+def _append(body: bytearray, value: bytes | memoryview | str | list[str]) -> None:
     if isinstance(value, list):
         first = len(body) + 4
         body += struct.pack("<I", len(value)) + bytes(4 * len(value))
@@ -52,8 +57,12 @@ def _append(body: bytearray, value: bytes | str | list[str]) -> None:
             struct.pack_into("<I", body, first + 4 * index, len(body) - first - 4 * index)
             _append(body, text)
     else:
-        data = value.encode() if isinstance(value, str) else value
-        body += struct.pack("<I", len(data)) + data + bytes(-(len(data) + 1) % 4 + 1)
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        body += (
+            struct.pack("<I", len(data) if isinstance(value, str) else len(value))
+            + data
+            + bytes(-(len(data) + 1) % 4 + 1)
+        )
     body += bytes(-len(body) % 4)
 
 
@@ -61,8 +70,50 @@ def frame(kind: int, payload: bytes, fds: int = 0, length: int | None = None) ->
     return struct.pack("<IHH", len(payload) if length is None else length, kind, fds) + payload
 
 
-def hello(*, major: int = 1, role: int = SCHEDULER, engine: str = "raw", tenant: str = "default") -> bytes:
+def hello(*, major: int = 2, role: int = SCHEDULER, engine: str = "raw", tenant: str = "default") -> bytes:
     return frame(HELLO, table(("H", major), ("H", 0), ("B", role), engine, tenant, "0"))
+
+
+def u64(*values: int) -> memoryview:
+    """A vector of uint64."""
+    return memoryview(array.array("Q", values))
+
+
+def register(**changed: Field) -> bytes:
+    """A registration of 256 blocks of one layer of float32, with some fields changed."""
+    fields: dict[str, Field] = {
+        "request": ("Q", 1),
+        "layout": "LBHNC",
+        "num_blocks": ("Q", 256),
+        "rank": ("I", 0),
+        "world": ("I", 1),
+        "group_block_tokens": u32(16),
+        "group_fields": u32(1),
+        "group_pages": u32(1),
+        "keys": ["model"],
+        "values": ["m"],
+        "page_sizes": u64(1 << 20),
+        "page_offsets": u64(0),
+        "page_layer_strides": u64(1 << 20),
+        "page_block_strides": u64(4096),
+        "page_layers": u32(1),
+        "page_heads": u32(1),
+        "page_states": u32(16),
+        "page_content_bytes": u32(256),
+        "page_bytes": u64(4096),
+        "page_kernel_blocks": u32(1),
+        "page_packings": ["kv total_heads=1 key=128 value=128 dtype=float32"],
+        "layer_names": ["l"],
+        "way": ("B", 0),
+        "memory_bytes": ("Q", 1 << 20),
+        "base": ("Q", 0),
+        "canary_group": ("I", 0),
+        "canary_seed": ("Q", 7),
+        "canary_fresh": ("B", 1),
+        "canary_checked": ("B", 1),
+    }
+    assert changed.keys() <= fields.keys(), "no such field"
+    return table(*(fields | changed).values())
 
 
 class Raw:

@@ -14,10 +14,11 @@ mod worker;
 
 pub use link::Options;
 pub use places::default_socket;
-pub use registration::{DeviceMemory, Memory, Registration, RegistrationError, Tensor};
+pub use registration::{DeviceMemory, Memory, Registration, RegistrationError};
 pub use scheduler::{Grant, SchedulerClient};
 pub use status::fetch_status;
-pub use worker::{JobEvent, LoadJob, SaveJob, WorkerClient};
+pub use worker::{JobEvent, LoadJob, LoadRun, SaveJob, SaveRun, WorkerClient};
 
 pub use pillion_cuda_driver::{CudaError, ForeignStream, device_of, init as cuda_init};
+pub use pillion_layouts::{Refusal, Worker, vllm};
 pub use pillion_shm::ring::Outcome;

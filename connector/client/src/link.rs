@@ -47,8 +47,8 @@ pub struct Options {
     pub engine_id: String,
     /// The tenant to act for; the sidecar decides whether we may.
     pub tenant: String,
-    /// What must agree before bytes may be reused, without tenant and epoch.
-    pub namespace: Vec<(String, String)>,
+    /// What must agree before bytes may be reused, without tenant and epoch: one namespace per KV cache group.
+    pub namespaces: Vec<Vec<(String, String)>>,
     /// Starts a sidecar that detaches; empty: never start one.
     pub launch: Vec<String>,
     /// How long a mute sidecar that holds our blocks is waited for before it is killed (I3).

@@ -9,7 +9,7 @@ use std::{
 };
 
 use pillion_cuda_driver::{self as cuda, CudaError, Exported, ExportedHandle};
-use pillion_layouts::{BlockPlan, canary_check, plan, vllm};
+use pillion_layouts::{BlockPlan, CheckedGroup, Worker, vllm::groups::Pages};
 use pillion_protocol::wire;
 use pillion_shm::{Memfd, Seal};
 
@@ -45,50 +45,16 @@ impl DeviceMemory {
     }
 }
 
-/// One `KVCacheTensor`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tensor {
-    /// Bytes.
-    pub size: u64,
-    /// Offset of its first layer in the allocation.
-    pub offset: u64,
-    /// Bytes from one layer to the next.
-    pub layer_stride: u64,
-    /// Bytes from one block to the next.
-    pub block_stride: u64,
-    /// Names, in the order of their place.
-    pub layers: Vec<String>,
-}
-
 /// Everything the sidecar must know to move blocks.
 #[derive(Debug)]
 pub struct Registration {
-    /// Physical order.
-    pub layout: String,
-    /// Spec class.
-    pub kind: String,
-    /// Cache dtype.
-    pub dtype: String,
-    /// Blocks.
-    pub num_blocks: u64,
-    /// Tokens per block.
-    pub block_tokens: u32,
-    /// H.
-    pub heads: u32,
-    /// N.
-    pub states: u32,
-    /// C in bytes.
-    pub content_bytes: u32,
-    /// What the engine says a page takes.
-    pub page_bytes: u64,
-    /// Where layers lie.
-    pub tensors: Vec<Tensor>,
-    /// Bytes of the allocation.
-    pub memory_bytes: u64,
-    /// How to reach it.
-    pub memory: Memory,
-    /// Seed of the canary that block 0 holds now.
-    pub canary_seed: u64,
+    worker: Worker,
+    groups: Vec<CheckedGroup>,
+    memory: Memory,
+    /// Groups whose canary was where it should be.
+    proved: Vec<bool>,
+    /// The group whose canary block 0 holds, and its seed.
+    canary: Option<(u32, u64)>,
 }
 
 /// Why a registration is refused before any sidecar saw it.
@@ -101,6 +67,30 @@ pub enum RegistrationError {
     /// A layout that is not covered (I10).
     #[error(transparent)]
     Layout(#[from] pillion_layouts::Refusal),
+    /// No such group.
+    #[error("expected a KV cache group below {groups}, got {group}")]
+    Group {
+        /// How many there are.
+        groups: usize,
+        /// Asked for.
+        group: usize,
+    },
+    /// Groups and namespaces do not go together.
+    #[error("expected one KV cache group for each of {namespaces} namespaces, got {groups}")]
+    Namespaces {
+        /// What the client was made with.
+        namespaces: usize,
+        /// What is registered.
+        groups: usize,
+    },
+    /// A group's canary was never compared.
+    #[error(
+        "expected the layout canary of every KV cache group to have been compared, that of group {group} was not"
+    )]
+    Unproved {
+        /// The first of them.
+        group: usize,
+    },
     /// Block 0 does not hold the canary where the layout says it should.
     #[error("the layout canary in block 0 is not where the declared layout puts it: {0}; running uncached")]
     Canary(#[from] pillion_layouts::CanaryMismatch),
@@ -113,44 +103,54 @@ pub enum RegistrationError {
 }
 
 impl Registration {
-    fn describe(&self) -> vllm::KvCache {
-        vllm::KvCache {
-            order: self.layout.clone(),
-            num_blocks: self.num_blocks,
-            block_tokens: self.block_tokens,
-            dtype: self.dtype.clone(),
-            kind: self.kind.clone(),
-            heads: self.heads,
-            states: self.states,
-            content_bytes: self.content_bytes,
-            page_bytes: self.page_bytes,
-            memory_bytes: self.memory_bytes,
-            tensors: self
-                .tensors
-                .iter()
-                .map(|tensor| vllm::KvCacheTensor {
-                    size: tensor.size,
-                    offset: tensor.offset,
-                    layer_stride: tensor.layer_stride,
-                    block_stride: tensor.block_stride,
-                    layers: tensor.layers.clone(),
-                })
-                .collect(),
+    /// Checks a worker's description of its memory.
+    ///
+    /// # Errors
+    /// Where a layout is not covered (I10).
+    pub fn new(worker: Worker, memory: Memory) -> Result<Self, RegistrationError> {
+        let groups = worker.check()?;
+        let proved = vec![false; groups.len()];
+        Ok(Self { worker, groups, memory, proved, canary: None })
+    }
+
+    /// Reads block 0 by a group's declared layout and compares it with the canary that the engine's own indexing has
+    /// just written there. Done here once, because a sidecar that attaches later finds block 0 in use; and because
+    /// groups alias one pool, group after group: the last one's canary is there for the sidecar.
+    ///
+    /// # Errors
+    /// Where the canary is not where it should be, or cannot be read.
+    pub fn check_canary(&mut self, group: usize, seed: u64) -> Result<(), RegistrationError> {
+        let groups = self.groups.len();
+        let checked = self.groups.get(group).ok_or(RegistrationError::Group { groups, group })?;
+        // Whatever comes of it, the canary of another group is not there any more.
+        self.canary = None;
+        let record = self.block_0(checked.plan())?;
+        checked.canary_check(seed, &record)?;
+        self.proved[group] = true;
+        self.canary = Some((group as u32, seed));
+        Ok(())
+    }
+
+    /// Whether it may be presented by a client of so many namespaces.
+    pub(crate) fn is_complete(&self, namespaces: usize) -> Result<(), RegistrationError> {
+        let groups = self.groups.len();
+        if groups != namespaces {
+            return Err(RegistrationError::Namespaces { namespaces, groups });
+        }
+        match self.proved.iter().position(|proved| !proved) {
+            Some(group) => Err(RegistrationError::Unproved { group }),
+            None => Ok(()),
         }
     }
 
-    /// Reads block 0 by the declared layout and compares it with the canary that the engine's own
-    /// indexing wrote. Done here once, because a sidecar that attaches later finds block 0 in use.
-    pub(crate) fn check(&self) -> Result<(), RegistrationError> {
-        let layout = vllm::layout(&self.describe())?;
-        let record = self.block_0(&plan(&layout)?)?;
-        Ok(canary_check(self.canary_seed, layout.shape(), &record)?)
+    pub(crate) fn is_device(&self) -> bool {
+        matches!(self.memory, Memory::Device(_))
     }
 
     fn block_0(&self, plan: &BlockPlan) -> Result<Vec<u8>, RegistrationError> {
         let (file, base) = match &self.memory {
             Memory::Memfd(fd) => {
-                let memfd = Memfd::adopt(fd.try_clone()?, Seal::Size, self.memory_bytes)?;
+                let memfd = Memfd::adopt(fd.try_clone()?, Seal::Size, self.worker.memory_bytes)?;
                 (Some(File::from(memfd.fd().try_clone_to_owned()?)), 0)
             }
             Memory::Process { base } => (Some(File::open("/proc/self/mem")?), *base),
@@ -170,12 +170,16 @@ impl Registration {
     pub(crate) fn message(
         &self,
         request: u64,
-        namespace: &[(String, String)],
+        namespaces: &[Vec<(String, String)>],
         fresh: bool,
         events: &[u8],
     ) -> wire::Register {
-        let (keys, values) = namespace.iter().cloned().unzip();
-        let column = |of: fn(&Tensor) -> u64| self.tensors.iter().map(of).collect::<Vec<_>>();
+        let (keys, values) = namespaces.iter().flatten().cloned().unzip();
+        let Worker { order, num_blocks, memory_bytes, rank, world, groups } = &self.worker;
+        let pages = || groups.iter().flat_map(|group| &group.pages);
+        let wide = |of: fn(&Pages) -> u64| pages().map(of).collect::<Vec<_>>();
+        let narrow = |of: fn(&Pages) -> u32| pages().map(of).collect::<Vec<_>>();
+        let (canary_group, canary_seed) = self.canary.unwrap_or_default();
         let (way, base) = match &self.memory {
             Memory::Memfd(_) => (wire::Way::Memfd, 0),
             Memory::Process { base } => (wire::Way::ProcessVm, *base),
@@ -190,28 +194,33 @@ impl Registration {
         };
         wire::Register {
             request,
+            layout: order.clone(),
+            num_blocks: *num_blocks,
+            rank: *rank,
+            world: *world,
+            group_block_tokens: groups.iter().map(|group| group.block_tokens).collect(),
+            group_fields: namespaces.iter().map(|fields| fields.len() as u32).collect(),
+            group_pages: groups.iter().map(|group| group.pages.len() as u32).collect(),
             keys,
             values,
-            layout: self.layout.clone(),
-            kind: self.kind.clone(),
-            dtype: self.dtype.clone(),
-            num_blocks: self.num_blocks,
-            block_tokens: self.block_tokens,
-            heads: self.heads,
-            states: self.states,
-            content_bytes: self.content_bytes,
-            page_bytes: self.page_bytes,
-            tensor_sizes: column(|tensor| tensor.size),
-            tensor_offsets: column(|tensor| tensor.offset),
-            tensor_layer_strides: column(|tensor| tensor.layer_stride),
-            tensor_block_strides: column(|tensor| tensor.block_stride),
-            tensor_layer_counts: self.tensors.iter().map(|tensor| tensor.layers.len() as u32).collect(),
-            layer_names: self.tensors.iter().flat_map(|tensor| tensor.layers.clone()).collect(),
+            page_sizes: wide(|pages| pages.tensor.size),
+            page_offsets: wide(|pages| pages.tensor.offset),
+            page_layer_strides: wide(|pages| pages.tensor.layer_stride),
+            page_block_strides: wide(|pages| pages.tensor.block_stride),
+            page_layers: narrow(|pages| pages.tensor.layers.len() as u32),
+            page_heads: narrow(|pages| pages.heads),
+            page_states: narrow(|pages| pages.states),
+            page_content_bytes: narrow(|pages| pages.content_bytes),
+            page_bytes: wide(|pages| pages.page_bytes),
+            page_kernel_blocks: narrow(|pages| pages.kernel_blocks),
+            page_packings: pages().map(|pages| pages.packing.to_string()).collect(),
+            layer_names: pages().flat_map(|pages| pages.tensor.layers.clone()).collect(),
             way,
-            memory_bytes: self.memory_bytes,
+            memory_bytes: *memory_bytes,
             base,
-            canary_seed: self.canary_seed,
-            canary_fresh: fresh,
+            canary_group,
+            canary_seed,
+            canary_fresh: fresh && self.canary.is_some(),
             canary_checked: true,
             device: device.map(|memory| memory.device.uuid.0.to_vec()),
             handle: device.and_then(|memory| match &memory.exported.handle {

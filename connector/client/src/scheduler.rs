@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_protocol::{HASH_BYTES, MAX_BLOCKS, Message, wire};
+use pillion_protocol::{HASH_BYTES, MAX_BLOCKS, MAX_RUNS, Message, wire};
 use pillion_shm::{
     pidfd::Process,
     presence::{IndexKey, TableReader},
@@ -21,16 +21,19 @@ use crate::{
 const TICKETS_MAX: usize = 16_384;
 
 /// A lease as it was granted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Grant {
     /// Names it towards the sidecar.
     pub lease: [u8; 16],
-    /// Leading blocks of what was asked for; 0: nothing was granted.
-    pub blocks: u32,
+    /// Leading blocks of each run that was asked for; none or all 0: nothing was granted.
+    pub blocks: Vec<u32>,
 }
 
 impl Grant {
-    const NOTHING: Self = Self { lease: [0; 16], blocks: 0 };
+    /// Whether there is nothing to load or to give back.
+    pub fn is_nothing(&self) -> bool {
+        self.blocks.iter().all(|blocks| *blocks == 0)
+    }
 }
 
 #[derive(Debug)]
@@ -53,11 +56,16 @@ struct Counts {
 
 #[derive(Debug)]
 struct State {
-    namespace: Vec<(String, String)>,
+    /// One per KV cache group.
+    namespaces: Vec<Vec<(String, String)>>,
     epoch: Vec<u8>,
     request: u64,
+    /// The request that opened the first group's namespace; the others follow it. 0: none was made.
     opening: u64,
-    space: Option<[u8; 16]>,
+    /// Ids of the namespaces, as far as they are open in the current epoch.
+    opened: Vec<Option<[u8; 16]>>,
+    /// The same once all are.
+    spaces: Vec<[u8; 16]>,
     seed: u64,
     table: Option<TableReader>,
     lease_ms: u32,
@@ -98,11 +106,12 @@ impl SchedulerClient {
         let outbox = Arc::new(Outbox::new()?);
         let health = Arc::new(Health::default());
         let state = State {
-            namespace: options.namespace.clone(),
+            namespaces: options.namespaces.clone(),
             epoch: Vec::new(),
             request: 0,
             opening: 0,
-            space: None,
+            opened: vec![None; options.namespaces.len()],
+            spaces: Vec::new(),
             seed: 0,
             table: None,
             lease_ms: 30_000,
@@ -120,7 +129,7 @@ impl SchedulerClient {
 
     /// Whether lookups can hit.
     pub fn ready(&self) -> bool {
-        self.link.health.alive.load(Ordering::Acquire) && self.shared.state().space.is_some()
+        self.link.health.alive.load(Ordering::Acquire) && !self.shared.state().spaces.is_empty()
     }
 
     /// "ready", or why not.
@@ -128,57 +137,80 @@ impl SchedulerClient {
         if self.ready() { "ready".into() } else { self.link.health.text() }
     }
 
-    /// The id of the namespace in its current epoch.
-    pub fn namespace_id(&self) -> Option<[u8; 16]> {
-        self.shared.state().space
+    /// The ids of the groups' namespaces in their current epoch, once all are open.
+    pub fn namespace_ids(&self) -> Option<Vec<[u8; 16]>> {
+        let state = self.shared.state();
+        (!state.spaces.is_empty()).then(|| state.spaces.clone())
     }
 
-    /// Leading blocks that the table has. 32 bytes per block.
-    pub fn lookup(&self, hashes: &[u8]) -> usize {
+    /// Leading blocks of a group that the table has. 32 bytes per block.
+    pub fn lookup(&self, group: usize, hashes: &[u8]) -> usize {
         let alive = self.link.health.alive.load(Ordering::Acquire);
         let mut state = self.shared.state();
-        if alive { state.lookup(hashes) } else { 0 }
+        if alive { state.lookup(group, hashes) } else { 0 }
     }
 
-    /// Indices of the blocks that the table lacks: all where it cannot be trusted, none where
+    /// Which blocks of a group the table has: none where it cannot be trusted.
+    pub fn present(&self, group: usize, hashes: &[u8]) -> Vec<bool> {
+        let alive = self.link.health.alive.load(Ordering::Acquire);
+        let mut state = self.shared.state();
+        state.present(alive, group, hashes)
+    }
+
+    /// Indices of the blocks of a group that the table lacks: all where it cannot be trusted, none where
     /// there is nobody to save to.
-    pub fn absent(&self, hashes: &[u8]) -> Vec<u32> {
+    pub fn absent(&self, group: usize, hashes: &[u8]) -> Vec<u32> {
         let alive = self.link.health.alive.load(Ordering::Acquire);
         let state = self.shared.state();
-        let (true, Some(space), Some(table)) = (alive, state.space, &state.table) else { return Vec::new() };
+        let (true, Some(space), Some(table)) = (alive, state.spaces.get(group), &state.table) else {
+            return Vec::new();
+        };
         let fresh = table.is_fresh();
         let seed = state.seed;
         blocks(hashes)
             .enumerate()
-            .filter(|(_, hash)| !fresh || table.get(IndexKey::new(seed, &space, hash)) == 0)
+            .filter(|(_, hash)| !fresh || table.get(IndexKey::new(seed, space, hash)) == 0)
             .map(|(index, _)| index as u32)
             .collect()
     }
 
-    /// Looks up, and asks for a lease over the leading hits: a ticket, or 0 where there is nothing.
+    /// Asks for a lease over runs of (group, hashes): a ticket, or 0 where there is nothing to ask for.
+    ///
+    /// A single run is looked up first, and only its leading hits are asked for. Who asks for several has
+    /// chosen them by what the table has.
     ///
     /// A stale table promises nothing, but on a machine without a free core even a healthy sidecar may
     /// stamp late. So long as it answers heartbeats it is asked anyway: the grant is the promise.
-    pub fn lease(&self, hashes: &[u8]) -> u64 {
+    pub fn lease(&self, runs: &[(usize, &[u8])]) -> u64 {
         let alive = self.link.health.alive.load(Ordering::Acquire);
         let mut state = self.shared.state();
-        let Some(space) = state.space.filter(|_| alive && state.tickets.len() < TICKETS_MAX) else {
+        if !alive || state.spaces.is_empty() || state.tickets.len() >= TICKETS_MAX || runs.len() > MAX_RUNS {
             return 0;
-        };
-        let stale = state.table.as_ref().is_some_and(|table| !table.is_fresh());
-        let count = match state.lookup(hashes) {
-            0 if stale => blocks(hashes).count(),
-            count => count,
-        };
-        if count == 0 {
+        }
+        let (mut spaces, mut counts, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+        for (group, of_run) in runs {
+            let Some(space) = state.spaces.get(*group).copied() else { return 0 };
+            let count = if let [_] = runs {
+                let stale = state.table.as_ref().is_some_and(|table| !table.is_fresh());
+                match state.lookup(*group, of_run) {
+                    0 if stale => blocks(of_run).count(),
+                    count => count,
+                }
+            } else {
+                of_run.len() / HASH_BYTES
+            };
+            spaces.extend(space);
+            counts.push(count as u32);
+            hashes.extend(&of_run[..count * HASH_BYTES]);
+        }
+        if hashes.is_empty() || hashes.len() > MAX_BLOCKS * HASH_BYTES {
             return 0;
         }
         state.request += 1;
         state.counts.leases_asked += 1;
         let request = state.request;
         state.tickets.insert(request, Ticket::Asked);
-        let hashes = hashes[..count * HASH_BYTES].to_vec();
-        let ask = Message::Lease(wire::Lease { request, space: space.to_vec(), hashes });
+        let ask = Message::Lease(wire::Lease { request, spaces, counts, hashes });
         if self.link.outbox.send(&ask).is_err() {
             state.tickets.remove(&request);
             return 0;
@@ -193,8 +225,8 @@ impl SchedulerClient {
         let mut state = self.shared.state();
         loop {
             match state.tickets.get(&ticket) {
-                None => return Some(Grant::NOTHING),
-                Some(Ticket::Granted { grant, .. }) => return Some(*grant),
+                None => return Some(Grant::default()),
+                Some(Ticket::Granted { grant, .. }) => return Some(grant.clone()),
                 Some(Ticket::Asked) => {}
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -209,7 +241,7 @@ impl SchedulerClient {
     pub fn release(&self, ticket: u64) {
         let mut state = self.shared.state();
         if let Some(Ticket::Granted { grant, .. }) = state.tickets.remove(&ticket)
-            && grant.blocks > 0
+            && !grant.is_nothing()
         {
             let lease = grant.lease.to_vec();
             let _ = self.link.outbox.send(&Message::Release(wire::Release { lease }));
@@ -222,11 +254,10 @@ impl SchedulerClient {
         // Without randomness there is no new epoch, and without a namespace nothing is found at all.
         let random = getrandom::fill(&mut epoch).is_ok();
         let mut state = self.shared.state();
-        state.space = None;
-        state.opening = 0;
+        state.close_namespaces();
         if random {
             state.epoch = epoch.to_vec();
-            state.open_namespace(&self.link.outbox);
+            state.open_namespaces(&self.link.outbox);
         }
     }
 
@@ -264,14 +295,20 @@ impl Drop for SchedulerClient {
 }
 
 impl State {
-    fn lookup(&mut self, hashes: &[u8]) -> usize {
+    /// A group's namespace and the table to look it up in, where that can be trusted.
+    fn fresh(&mut self, group: usize) -> Option<([u8; 16], &TableReader)> {
         self.counts.lookups += 1;
-        let (Some(space), Some(table)) = (self.space, &self.table) else { return 0 };
+        let (space, table) = (self.spaces.get(group)?, self.table.as_ref()?);
         if !table.is_fresh() {
             self.counts.stale += 1;
-            return 0;
+            return None;
         }
+        Some((*space, table))
+    }
+
+    fn lookup(&mut self, group: usize, hashes: &[u8]) -> usize {
         let seed = self.seed;
+        let Some((space, table)) = self.fresh(group) else { return 0 };
         let present =
             blocks(hashes).take_while(|hash| table.get(IndexKey::new(seed, &space, hash)) != 0).count();
         self.counts.blocks_looked_up += (hashes.len() / HASH_BYTES) as u64;
@@ -279,23 +316,52 @@ impl State {
         present
     }
 
-    fn open_namespace(&mut self, outbox: &Outbox) {
-        self.request += 1;
-        self.opening = self.request;
-        let (keys, values) = self.namespace.iter().cloned().unzip();
-        let open = Message::OpenNamespace(wire::OpenNamespace {
-            request: self.request,
-            keys,
-            values,
-            epoch: self.epoch.clone(),
-        });
-        let _ = outbox.send(&open);
+    fn present(&mut self, alive: bool, group: usize, hashes: &[u8]) -> Vec<bool> {
+        let seed = self.seed;
+        let found = match self.fresh(group).filter(|_| alive) {
+            Some((space, table)) => {
+                blocks(hashes).map(|hash| table.get(IndexKey::new(seed, &space, hash)) != 0).collect()
+            }
+            None => vec![false; hashes.len() / HASH_BYTES],
+        };
+        self.counts.blocks_looked_up += found.len() as u64;
+        self.counts.blocks_present += found.iter().filter(|there| **there).count() as u64;
+        found
+    }
+
+    fn open_namespaces(&mut self, outbox: &Outbox) {
+        self.opening = self.request + 1;
+        for namespace in &self.namespaces {
+            self.request += 1;
+            let (keys, values) = namespace.iter().cloned().unzip();
+            let open = Message::OpenNamespace(wire::OpenNamespace {
+                request: self.request,
+                keys,
+                values,
+                epoch: self.epoch.clone(),
+            });
+            let _ = outbox.send(&open);
+        }
+    }
+
+    fn namespace_opened(&mut self, opened: wire::NamespaceOpened) {
+        let group = opened.request.checked_sub(self.opening).filter(|_| self.opening > 0);
+        let place = group.and_then(|group| self.opened.get_mut(group as usize));
+        if let (Some(place), Ok(id)) = (place, opened.id.try_into()) {
+            *place = Some(id);
+            self.spaces = self.opened.iter().copied().collect::<Option<_>>().unwrap_or_default();
+        }
+    }
+
+    fn close_namespaces(&mut self) {
+        self.opened.fill(None);
+        self.spaces.clear();
+        self.opening = 0;
     }
 
     fn forget_connection(&mut self) {
-        self.space = None;
+        self.close_namespaces();
         self.table = None;
-        self.opening = 0;
         self.counts.leases_lost += self.tickets.len() as u64;
         self.tickets.clear();
     }
@@ -315,28 +381,23 @@ impl Half for Shared {
         state.table = Some(table);
         state.seed = attached.welcome.index_seed;
         state.lease_ms = attached.welcome.lease_ms;
-        state.open_namespace(outbox);
+        state.open_namespaces(outbox);
         Ok(())
     }
 
     fn message(&self, message: Message, outbox: &Outbox) {
         let mut state = self.state();
         match message {
-            Message::NamespaceOpened(opened) if opened.request == state.opening => {
-                state.space = opened.id.try_into().ok();
-            }
+            Message::NamespaceOpened(opened) => state.namespace_opened(opened),
             Message::Leased(leased) => {
                 let lease = leased.lease.try_into().unwrap_or([0; 16]);
                 let grant = Grant { lease, blocks: leased.blocks };
                 if let Some(ticket) = state.tickets.get_mut(&leased.request) {
+                    let nothing = grant.is_nothing();
                     *ticket = Ticket::Granted { grant, renewed: Instant::now() };
                     let counts = &mut state.counts;
-                    *(if grant.blocks > 0 {
-                        &mut counts.leases_granted
-                    } else {
-                        &mut counts.leases_empty
-                    }) += 1;
-                } else if grant.blocks > 0 {
+                    *(if nothing { &mut counts.leases_empty } else { &mut counts.leases_granted }) += 1;
+                } else if !grant.is_nothing() {
                     // Its ticket was released before the grant came.
                     let _ = outbox.send(&Message::Release(wire::Release { lease: grant.lease.to_vec() }));
                 }
@@ -361,7 +422,7 @@ impl Half for Shared {
         let due = Duration::from_millis(u64::from(state.lease_ms)) / 3;
         for ticket in state.tickets.values_mut() {
             if let Ticket::Granted { grant, renewed } = ticket
-                && grant.blocks > 0
+                && !grant.is_nothing()
                 && renewed.elapsed() > due
             {
                 *renewed = Instant::now();

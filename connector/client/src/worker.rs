@@ -20,7 +20,7 @@ use std::{
 };
 
 use pillion_cuda_driver::ForeignStream;
-use pillion_protocol::{Message, wire};
+use pillion_protocol::{Message, PARENT_BYTES, wire};
 use pillion_shm::{
     pidfd::Process,
     ring::{Completion, Outcome, RingReader},
@@ -31,7 +31,7 @@ use crate::{
     events::Events,
     link::{Attached, Half, Health, Link, Options},
     outbox::Outbox,
-    registration::{Memory, Registration, RegistrationError},
+    registration::{Registration, RegistrationError},
 };
 
 /// For how long after its registration block 0 is taken to hold the canary.
@@ -50,6 +50,30 @@ pub struct JobEvent {
     pub blocks: u32,
 }
 
+/// Blocks of one group that are loaded from one run of a lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadRun {
+    /// The group's namespace.
+    pub space: [u8; 16],
+    /// Which run of the lease.
+    pub run: u32,
+    /// Its first block that is loaded.
+    pub first: u32,
+    /// How many blocks.
+    pub count: u32,
+}
+
+/// Consecutive blocks of one group that are saved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SaveRun {
+    /// The group's namespace.
+    pub space: [u8; 16],
+    /// Hash of the block before the first one, where there is one.
+    pub parent: Option<[u8; 32]>,
+    /// How many blocks.
+    pub count: u32,
+}
+
 /// A load of leased blocks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadJob {
@@ -57,10 +81,8 @@ pub struct LoadJob {
     pub job: [u8; 16],
     /// Granted to the scheduler.
     pub lease: [u8; 16],
-    /// Index in the lease of the first block.
-    pub first: u32,
-    /// The lease's namespace.
-    pub space: [u8; 16],
+    /// How the blocks divide between the lease's runs.
+    pub runs: Vec<LoadRun>,
     /// 32 bytes per block.
     pub hashes: Vec<u8>,
     /// The engine's blocks.
@@ -76,10 +98,8 @@ pub struct LoadJob {
 pub struct SaveJob {
     /// Minted by the scheduler's shim.
     pub job: [u8; 16],
-    /// The scheduler's namespace.
-    pub space: [u8; 16],
-    /// Hash of the block before the first one; empty at the start of a prompt.
-    pub parent: Vec<u8>,
+    /// How the blocks divide between groups.
+    pub runs: Vec<SaveRun>,
     /// 32 bytes per block.
     pub hashes: Vec<u8>,
     /// The engine's blocks.
@@ -159,7 +179,8 @@ struct Shared {
     state: Mutex<State>,
     /// Something came that `unregister` may wait for.
     news: Condvar,
-    namespace: Vec<(String, String)>,
+    /// One per KV cache group.
+    namespaces: Vec<Vec<(String, String)>>,
     canary_checked: AtomicBool,
     health: Arc<Health>,
     counts: Counts,
@@ -189,7 +210,7 @@ impl WorkerClient {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             news: Condvar::new(),
-            namespace: options.namespace.clone(),
+            namespaces: options.namespaces.clone(),
             canary_checked: AtomicBool::new(false),
             health: Arc::clone(&health),
             counts: Counts::default(),
@@ -198,15 +219,15 @@ impl WorkerClient {
         Ok(Self { shared, link: Link::start(options, half, outbox, health) })
     }
 
-    /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary now. Device
-    /// memory gets a pool of `events` events: so many jobs may run at a time.
+    /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary that was compared
+    /// last. Device memory gets a pool of `events` events: so many jobs may run at a time.
     ///
     /// # Errors
-    /// Where the layout is not covered or the canary is not where it should be (I10).
+    /// Where a group's canary was not compared, or groups and namespaces do not go together (I10).
     pub fn register(&self, registration: Registration, events: usize) -> Result<(), RegistrationError> {
-        registration.check()?;
+        registration.is_complete(self.shared.namespaces.len())?;
         let mut state = self.shared.state();
-        if matches!(registration.memory, Memory::Device(_)) {
+        if registration.is_device() {
             state.cuda_events.grow(events)?;
         }
         state.registration = Some(registration);
@@ -284,7 +305,7 @@ impl WorkerClient {
 
     /// Submits a load. Its end comes by [`WorkerClient::poll`], whatever happens.
     pub fn submit_load(&self, load: LoadJob) {
-        let LoadJob { job, lease, first, space, hashes, blocks, deadline, stream } = load;
+        let LoadJob { job, lease, runs, hashes, blocks, deadline, stream } = load;
         let alive = self.link.health.alive.load(Ordering::Acquire);
         let mut state = self.shared.state();
         state.submitted = true;
@@ -295,8 +316,10 @@ impl WorkerClient {
         let message = Message::Load(wire::Load {
             job: job.to_vec(),
             lease: lease.to_vec(),
-            first,
-            space: space.to_vec(),
+            runs: runs.iter().map(|run| run.run).collect(),
+            firsts: runs.iter().map(|run| run.first).collect(),
+            spaces: runs.iter().flat_map(|run| run.space).collect(),
+            counts: runs.iter().map(|run| run.count).collect(),
             hashes,
             blocks,
             deadline_ms: millis(deadline),
@@ -313,7 +336,7 @@ impl WorkerClient {
 
     /// Submits a save. Its end comes by [`WorkerClient::poll`], whatever happens.
     pub fn submit_save(&self, save: SaveJob) {
-        let SaveJob { job, space, parent, hashes, blocks, deadline, stream } = save;
+        let SaveJob { job, runs, hashes, blocks, deadline, stream } = save;
         let alive = self.link.health.alive.load(Ordering::Acquire);
         let mut state = self.shared.state();
         state.submitted = true;
@@ -335,8 +358,9 @@ impl WorkerClient {
         }
         let message = Message::Save(wire::Save {
             job: job.to_vec(),
-            space: space.to_vec(),
-            parent,
+            spaces: runs.iter().flat_map(|run| run.space).collect(),
+            counts: runs.iter().map(|run| run.count).collect(),
+            parents: runs.iter().flat_map(SaveRun::parent_bytes).collect(),
             hashes,
             blocks,
             word: slot,
@@ -401,6 +425,18 @@ impl WorkerClient {
 impl Drop for WorkerClient {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+impl SaveRun {
+    /// As the protocol says it.
+    fn parent_bytes(&self) -> [u8; PARENT_BYTES] {
+        let mut bytes = [0; PARENT_BYTES];
+        if let Some(parent) = &self.parent {
+            bytes[0] = 1;
+            bytes[1..].copy_from_slice(parent);
+        }
+        bytes
     }
 }
 
@@ -536,10 +572,10 @@ impl Shared {
         let fresh = !state.submitted && state.registered_at.is_some_and(|at| at.elapsed() < CANARY_FRESH);
         state.presented_fresh = fresh;
         let Some(registration) = &state.registration else { return Ok(()) };
-        let mapped = matches!(registration.memory, Memory::Device(_));
+        let mapped = registration.is_device();
         let fds = registration.fds().map_err(|error| error.to_string())?;
         let events = state.cuda_events.handles();
-        let message = Message::Register(registration.message(request, &self.namespace, fresh, events));
+        let message = Message::Register(registration.message(request, &self.namespaces, fresh, events));
         state.mapped |= mapped;
         outbox.send_with_fds(&message, &fds).map_err(|_| "the registration could not be sent".to_owned())
     }

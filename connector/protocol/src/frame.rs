@@ -165,6 +165,20 @@ mod tests {
         assert_eq!(frames.next_frame().unwrap().unwrap().message, ping(7));
     }
 
+    #[test]
+    fn strings_that_decode_to_gigabytes_are_refused() {
+        // A vector of 40,000 offsets to one string of 60,000 bytes: a frame of 220 KB, 2.4 GB when decoded.
+        let mut shared = planus::Builder::new();
+        let text = shared.create_string("x".repeat(60_000));
+        let keys = shared.create_vector::<planus::Offset<str>>(vec![text; 40_000]);
+        let values = shared.create_vector::<planus::Offset<str>>(vec![text; 1]);
+        let epoch = shared.create_vector::<u8>(vec![0u8; 16]);
+        let table = wire::OpenNamespace::create(&mut shared, 1u64, keys, values, epoch);
+        let payload = shared.finish(table, None);
+        let error = Message::decode(Kind::OpenNamespace, payload).expect_err("refused").to_string();
+        assert!(error.contains("share"), "{error}");
+    }
+
     proptest! {
         #[test]
         fn hostile_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
@@ -191,7 +205,7 @@ mod tests {
         #[test]
         fn a_flipped_bit_is_a_message_or_an_error(bit in 0usize..8 * 120) {
             let message = Message::Save(wire::Save {
-                job: vec![1; 16], space: vec![2; 16], parent: vec![], hashes: vec![3; 64],
+                job: vec![1; 16], spaces: vec![2; 16], counts: vec![2], parents: vec![0; 33], hashes: vec![3; 64],
                 blocks: vec![4, 5], word: 6, tag: 7, deadline_ms: 8,
                 event: 0,
             });

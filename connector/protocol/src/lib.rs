@@ -7,9 +7,9 @@ pub use frame::{FrameError, Frames, HEADER_BYTES, MAX_PAYLOAD_BYTES};
 pub use message::{Kind, Message};
 
 /// Protocol version spoken by this build. Peers of another major version are refused.
-pub const MAJOR: u16 = 1;
+pub const MAJOR: u16 = 2;
 /// Raised when a field or message is appended that older peers may ignore.
-pub const MINOR: u16 = 1;
+pub const MINOR: u16 = 0;
 
 /// Bytes of one engine block hash (sha256).
 pub const HASH_BYTES: usize = 32;
@@ -17,6 +17,10 @@ pub const HASH_BYTES: usize = 32;
 pub const ID_BYTES: usize = 16;
 /// Blocks that one lease or job may name.
 pub const MAX_BLOCKS: usize = 65_536;
+/// Runs of blocks that one lease or job may have.
+pub const MAX_RUNS: usize = 1024;
+/// Bytes of one run's parent in a save: whether there is one, and its hash.
+pub const PARENT_BYTES: usize = 1 + HASH_BYTES;
 /// Length in bytes that a string of the protocol (engine id, tenant, one namespace value) may have.
 pub const MAX_STRING_BYTES: usize = 65_536;
 

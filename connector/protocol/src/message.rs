@@ -1,6 +1,6 @@
 //! The closed set of messages, as owned values.
 
-use crate::{FrameError, wire};
+use crate::{FrameError, frame::MAX_PAYLOAD_BYTES, wire};
 
 macro_rules! messages {
     ($($name:ident / $reader:ident = $kind:literal, $doc:literal;)*) => {
@@ -41,12 +41,55 @@ macro_rules! messages {
                     $(Kind::$name => {
                         let table = <wire::$reader as planus::ReadAsRoot>::read_as_root(payload)
                             .map_err(malformed)?;
+                        let bytes = table.text_bytes().map_err(malformed)?;
+                        if bytes > MAX_PAYLOAD_BYTES {
+                            let text = format!(
+                                "expected strings of at most {MAX_PAYLOAD_BYTES} bytes in all, got {bytes} that share them"
+                            );
+                            return Err(FrameError::Malformed { kind, text });
+                        }
                         Self::$name(wire::$name::try_from(table).map_err(malformed)?)
                     })*
                 })
             }
         }
     };
+}
+
+/// Bytes of all strings in vectors, as decoding would copy them. A vector's entries are offsets: without this
+/// look a small frame whose strings are all one would decode to gigabytes. (Equal strings do share their bytes: builders
+/// see to that.) Other fields can share bytes too, but
+/// there are only so many of them.
+trait Text {
+    fn text_bytes(&self) -> planus::Result<usize>;
+}
+
+type Strings<'a> = planus::Vector<'a, planus::Result<&'a str>>;
+
+fn sum(vectors: &[Strings<'_>]) -> planus::Result<usize> {
+    let mut bytes = 0;
+    for text in vectors.iter().flat_map(|vector| vector.iter()) {
+        bytes += text?.len();
+    }
+    Ok(bytes)
+}
+
+macro_rules! text {
+    ($($reader:ident: $($field:ident)*;)*) => {
+        $(impl Text for wire::$reader<'_> {
+            fn text_bytes(&self) -> planus::Result<usize> {
+                sum(&[$(self.$field()?,)*])
+            }
+        })*
+    };
+}
+
+text! {
+    HelloRef:; WelcomeRef:; RefusedRef:; NamespaceOpenedRef:; RegisteredRef:; LeaseRef:; LeasedRef:; RenewRef:;
+    ReleaseRef:; SaveRef:; LoadRef:; CancelRef:; PingRef:; PongRef:; ByeRef:; StatusQueryRef:; StatusRef:;
+    UnregisterRef:; UnregisteredRef:;
+    OpenNamespaceRef: keys values;
+    RegisterRef: keys values page_packings layer_names;
 }
 
 messages! {

@@ -3,10 +3,21 @@
 //! Importing it starts no thread, opens no file and needs no CUDA. No method raises
 //! because of the sidecar; `ValueError` says that an argument is wrong on its face.
 
-use std::{collections::HashMap, os::fd::BorrowedFd, path::PathBuf, time::Duration};
+use std::{
+    collections::HashMap,
+    os::fd::BorrowedFd,
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use pillion_client::{
-    DeviceMemory, ForeignStream, JobEvent, LoadJob, Memory, Options, Registration, SaveJob, Tensor,
+    DeviceMemory, ForeignStream, JobEvent, LoadJob, LoadRun, Memory, Options, Registration, SaveJob, SaveRun,
+    Worker,
+    vllm::{
+        KvCacheTensor,
+        groups::{Group, Pages},
+    },
 };
 use pyo3::{
     exceptions::{PyOSError, PyValueError},
@@ -42,6 +53,36 @@ fn per_block(hashes: &[u8], blocks: &[u32]) -> PyResult<()> {
     Err(PyValueError::new_err(format!("expected one block id per hash ({wanted}), got {found}")))
 }
 
+/// A group's namespace in the joined ids of all groups.
+fn space(spaces: &[[u8; 16]], group: usize) -> PyResult<[u8; 16]> {
+    spaces
+        .get(group)
+        .copied()
+        .ok_or_else(|| PyValueError::new_err(format!("expected a group below {}, got {group}", spaces.len())))
+}
+
+fn spaces(bytes: &[u8]) -> PyResult<&[[u8; 16]]> {
+    let (ids, rest) = bytes.as_chunks();
+    if rest.is_empty() {
+        return Ok(ids);
+    }
+    Err(PyValueError::new_err(format!(
+        "expected joined namespace ids of 16 bytes, got {} bytes",
+        bytes.len()
+    )))
+}
+
+fn counted(counts: impl Iterator<Item = u32>, blocks: &[u32]) -> PyResult<()> {
+    let counted: u64 = counts.map(u64::from).sum();
+    if counted == blocks.len() as u64 {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!(
+        "expected runs that count the {} blocks, got runs of {counted}",
+        blocks.len()
+    )))
+}
+
 /// A CUDA stream as Python frameworks give it.
 fn foreign(stream: Option<u64>) -> Option<ForeignStream> {
     // SAFETY: the caller passes a stream that it works on at this moment; it is used during this call only.
@@ -60,16 +101,23 @@ fn options(
     socket: PathBuf,
     engine_id: String,
     tenant: String,
-    namespace: HashMap<String, String>,
+    namespaces: Vec<HashMap<String, String>>,
     launch: Vec<String>,
     grace_ms: u64,
 ) -> PyResult<Options> {
     if engine_id.is_empty() || tenant.is_empty() {
         return Err(PyValueError::new_err("expected an engine id and a tenant, got an empty string"));
     }
-    let mut namespace: Vec<_> = namespace.into_iter().collect();
-    namespace.sort();
-    Ok(Options { socket, engine_id, tenant, namespace, launch, grace: Duration::from_millis(grace_ms) })
+    if namespaces.is_empty() {
+        return Err(PyValueError::new_err("expected a namespace for each KV cache group, got none"));
+    }
+    let sorted = |namespace: HashMap<String, String>| {
+        let mut fields: Vec<_> = namespace.into_iter().collect();
+        fields.sort();
+        fields
+    };
+    let namespaces = namespaces.into_iter().map(sorted).collect();
+    Ok(Options { socket, engine_id, tenant, namespaces, launch, grace: Duration::from_millis(grace_ms) })
 }
 
 /// The scheduler's half.
@@ -79,16 +127,16 @@ struct SchedulerClient(pillion_client::SchedulerClient);
 #[pymethods]
 impl SchedulerClient {
     #[new]
-    #[pyo3(signature = (*, socket, engine_id, tenant, namespace, launch = Vec::new(), grace_ms = 5000))]
+    #[pyo3(signature = (*, socket, engine_id, tenant, namespaces, launch = Vec::new(), grace_ms = 5000))]
     fn new(
         socket: PathBuf,
         engine_id: String,
         tenant: String,
-        namespace: HashMap<String, String>,
+        namespaces: Vec<HashMap<String, String>>,
         launch: Vec<String>,
         grace_ms: u64,
     ) -> PyResult<Self> {
-        let options = options(socket, engine_id, tenant, namespace, launch, grace_ms)?;
+        let options = options(socket, engine_id, tenant, namespaces, launch, grace_ms)?;
         pillion_client::SchedulerClient::new(options)
             .map(Self)
             .map_err(|error| PyOSError::new_err(error.to_string()))
@@ -102,20 +150,32 @@ impl SchedulerClient {
         self.0.status()
     }
 
-    fn namespace_id<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
-        self.0.namespace_id().map(|id| PyBytes::new(py, &id))
+    /// 16 bytes per group; None until all are open.
+    fn namespace_ids<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        self.0.namespace_ids().map(|ids| PyBytes::new(py, ids.as_flattened()))
     }
 
-    fn lookup(&self, hashes: &[u8]) -> PyResult<usize> {
-        Ok(self.0.lookup(self::hashes(hashes)?))
+    fn lookup(&self, group: usize, hashes: &[u8]) -> PyResult<usize> {
+        Ok(self.0.lookup(group, self::hashes(hashes)?))
     }
 
-    fn absent(&self, hashes: &[u8]) -> PyResult<Vec<u32>> {
-        Ok(self.0.absent(self::hashes(hashes)?))
+    /// One byte per block: 1 where the table has it.
+    fn present<'py>(&self, py: Python<'py>, group: usize, hashes: &[u8]) -> PyResult<Bound<'py, PyBytes>> {
+        let present = self.0.present(group, self::hashes(hashes)?);
+        Ok(PyBytes::new(py, &present.into_iter().map(u8::from).collect::<Vec<_>>()))
     }
 
-    fn lease(&self, hashes: &[u8]) -> PyResult<u64> {
-        Ok(self.0.lease(self::hashes(hashes)?))
+    fn absent(&self, group: usize, hashes: &[u8]) -> PyResult<Vec<u32>> {
+        Ok(self.0.absent(group, self::hashes(hashes)?))
+    }
+
+    fn lease(&self, runs: Vec<(usize, Bound<'_, PyBytes>)>) -> PyResult<u64> {
+        let checked =
+            |(group, bytes): &'_ (usize, Bound<'_, PyBytes>)| hashes(bytes.as_bytes()).map(|_| *group);
+        let groups = runs.iter().map(checked).collect::<PyResult<Vec<_>>>()?;
+        let runs: Vec<_> =
+            groups.into_iter().zip(&runs).map(|(group, (_, bytes))| (group, bytes.as_bytes())).collect();
+        Ok(self.0.lease(&runs))
     }
 
     #[pyo3(signature = (ticket, wait_us = 0))]
@@ -124,7 +184,7 @@ impl SchedulerClient {
         py: Python<'py>,
         ticket: u64,
         wait_us: u64,
-    ) -> Option<(u32, Bound<'py, PyBytes>)> {
+    ) -> Option<(Vec<u32>, Bound<'py, PyBytes>)> {
         let wait = Duration::from_micros(wait_us);
         // Without a wait there is nothing to gain from letting other threads in.
         let grant = if wait.is_zero() {
@@ -132,8 +192,9 @@ impl SchedulerClient {
         } else {
             py.detach(|| self.0.lease_poll(ticket, wait))
         }?;
-        let lease: &[u8] = if grant.blocks > 0 { &grant.lease } else { &[] };
-        Some((grant.blocks, PyBytes::new(py, lease)))
+        let lease: &[u8] = if grant.is_nothing() { &[] } else { &grant.lease };
+        let lease = PyBytes::new(py, lease);
+        Some((grant.blocks, lease))
     }
 
     fn release(&self, ticket: u64) {
@@ -158,156 +219,218 @@ impl SchedulerClient {
     }
 }
 
+/// A KVCacheTensor with the spec of its layers.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct PagesOfGroup {
+    size: u64,
+    offset: u64,
+    layer_stride: u64,
+    block_stride: u64,
+    layers: Vec<String>,
+    heads: u32,
+    states: u32,
+    content_bytes: u32,
+    page_bytes: u64,
+    kernel_blocks: u32,
+    packing: String,
+}
+
+/// One KV cache group.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct GroupOfWorker {
+    block_tokens: u32,
+    pages: Vec<PagesOfGroup>,
+}
+
+fn wrong(error: impl ToString) -> PyErr {
+    PyValueError::new_err(error.to_string())
+}
+
+fn group_of(group: GroupOfWorker) -> PyResult<Group> {
+    let pages = |pages: PagesOfGroup| {
+        let PagesOfGroup { size, offset, layer_stride, block_stride, layers, .. } = pages;
+        Ok(Pages {
+            tensor: KvCacheTensor { size, offset, layer_stride, block_stride, layers },
+            heads: pages.heads,
+            states: pages.states,
+            content_bytes: pages.content_bytes,
+            page_bytes: pages.page_bytes,
+            kernel_blocks: pages.kernel_blocks,
+            packing: pages.packing.parse().map_err(wrong)?,
+        })
+    };
+    let pages = group.pages.into_iter().map(pages).collect::<PyResult<_>>()?;
+    Ok(Group { block_tokens: group.block_tokens, pages })
+}
+
+fn memory(memory_bytes: u64, memfd: i32, base: u64, cuda: bool) -> PyResult<Memory> {
+    if cuda {
+        return Ok(Memory::Device(DeviceMemory::export(base, memory_bytes).map_err(wrong)?));
+    }
+    if memfd < 0 {
+        return Ok(Memory::Process { base });
+    }
+    // SAFETY: the caller keeps the descriptor open during the call; it is duplicated here.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(memfd) };
+    let owned = borrowed.try_clone_to_owned();
+    Ok(Memory::Memfd(owned.map_err(|error| wrong(format!("memfd {memfd}: {error}")))?))
+}
+
 /// A worker's half.
 #[pyclass(frozen, module = "pillion._native")]
-struct WorkerClient(pillion_client::WorkerClient);
+struct WorkerClient {
+    client: pillion_client::WorkerClient,
+    /// What was described and not registered yet.
+    described: Mutex<Option<Registration>>,
+}
+
+impl WorkerClient {
+    fn described(&self) -> MutexGuard<'_, Option<Registration>> {
+        self.described.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 #[pymethods]
 impl WorkerClient {
     #[new]
-    #[pyo3(signature = (*, socket, engine_id, tenant, namespace, launch = Vec::new(), grace_ms = 5000))]
+    #[pyo3(signature = (*, socket, engine_id, tenant, namespaces, launch = Vec::new(), grace_ms = 5000))]
     fn new(
         socket: PathBuf,
         engine_id: String,
         tenant: String,
-        namespace: HashMap<String, String>,
+        namespaces: Vec<HashMap<String, String>>,
         launch: Vec<String>,
         grace_ms: u64,
     ) -> PyResult<Self> {
-        let options = options(socket, engine_id, tenant, namespace, launch, grace_ms)?;
-        pillion_client::WorkerClient::new(options)
-            .map(Self)
-            .map_err(|error| PyOSError::new_err(error.to_string()))
+        let options = options(socket, engine_id, tenant, namespaces, launch, grace_ms)?;
+        let client = pillion_client::WorkerClient::new(options);
+        let client = client.map_err(|error| PyOSError::new_err(error.to_string()))?;
+        Ok(Self { client, described: Mutex::default() })
     }
 
-    #[pyo3(signature = (*, layout, num_blocks, block_tokens, dtype, kind, heads, states, content_bytes, page_bytes,
-                        tensors, memory_bytes, canary_seed, memfd = -1, base = 0, cuda = false, events = 512))]
+    /// Describes the KV memory: a device's, that of a memfd, or this process's own at an address. See
+    /// `layouts/src/vllm/grammar.rs` for packings.
+    #[pyo3(signature = (*, layout, num_blocks, memory_bytes, rank, world, groups, memfd = -1, base = 0, cuda = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python interface")]
-    fn register(
+    fn describe(
         &self,
         layout: String,
         num_blocks: u64,
-        block_tokens: u32,
-        dtype: String,
-        kind: String,
-        heads: u32,
-        states: u32,
-        content_bytes: u32,
-        page_bytes: u64,
-        tensors: Vec<(u64, u64, u64, u64, Vec<String>)>,
         memory_bytes: u64,
-        canary_seed: u64,
+        rank: u32,
+        world: u32,
+        groups: Vec<GroupOfWorker>,
         memfd: i32,
         base: u64,
         cuda: bool,
-        events: usize,
     ) -> PyResult<()> {
+        let groups = groups.into_iter().map(group_of).collect::<PyResult<_>>()?;
+        let worker = Worker { order: layout, num_blocks, memory_bytes, rank, world, groups };
+        let memory = memory(memory_bytes, memfd, base, cuda)?;
+        *self.described() = Some(Registration::new(worker, memory).map_err(wrong)?);
+        Ok(())
+    }
+
+    /// Compares block 0, read as a group's was described, with the canary that was just written there.
+    fn check_canary(&self, py: Python<'_>, group: usize, seed: u64) -> PyResult<()> {
+        py.detach(|| match self.described().as_mut() {
+            Some(registration) => registration.check_canary(group, seed).map_err(wrong),
+            None => Err(wrong("expected a description of the KV memory before its canary")),
+        })
+    }
+
+    /// Presents what was described, now and at every later attachment. Block 0 must still hold the canary that was
+    /// compared last.
+    #[pyo3(signature = (*, events = 512))]
+    fn register(&self, events: usize) -> PyResult<()> {
         if !(1..=EVENTS_MAX).contains(&events) {
-            return Err(PyValueError::new_err(format!("expected 1 to {EVENTS_MAX} events, got {events}")));
+            return Err(wrong(format!("expected 1 to {EVENTS_MAX} events, got {events}")));
         }
-        let memory = if cuda {
-            let exported = DeviceMemory::export(base, memory_bytes);
-            Memory::Device(exported.map_err(|error| PyValueError::new_err(error.to_string()))?)
-        } else if memfd >= 0 {
-            // SAFETY: the caller keeps the descriptor open during the call; it is duplicated here.
-            let borrowed = unsafe { BorrowedFd::borrow_raw(memfd) };
-            let owned = borrowed.try_clone_to_owned();
-            Memory::Memfd(owned.map_err(|error| PyValueError::new_err(format!("memfd {memfd}: {error}")))?)
-        } else {
-            Memory::Process { base }
-        };
-        let tensors = tensors
-            .into_iter()
-            .map(|(size, offset, layer_stride, block_stride, layers)| Tensor {
-                size,
-                offset,
-                layer_stride,
-                block_stride,
-                layers,
-            })
-            .collect();
-        let registration = Registration {
-            layout,
-            kind,
-            dtype,
-            num_blocks,
-            block_tokens,
-            heads,
-            states,
-            content_bytes,
-            page_bytes,
-            tensors,
-            memory_bytes,
-            memory,
-            canary_seed,
-        };
-        self.0.register(registration, events).map_err(|error| PyValueError::new_err(error.to_string()))
+        let registration = self.described().take();
+        let registration = registration
+            .ok_or_else(|| wrong("expected a description of the KV memory before its registration"))?;
+        self.client.register(registration, events).map_err(wrong)
     }
 
     fn canary_over(&self) {
-        self.0.canary_over();
+        self.client.canary_over();
     }
 
     #[pyo3(signature = (wait_ms = 2000))]
     fn unregister(&self, py: Python<'_>, wait_ms: u64) -> bool {
-        py.detach(|| self.0.unregister(Duration::from_millis(wait_ms)))
+        py.detach(|| self.client.unregister(Duration::from_millis(wait_ms)))
     }
 
     fn ready(&self) -> bool {
-        self.0.ready()
+        self.client.ready()
     }
 
     fn status(&self) -> String {
-        self.0.status()
+        self.client.status()
     }
 
     fn canary_checked(&self) -> bool {
-        self.0.canary_checked()
+        self.client.canary_checked()
     }
 
-    #[pyo3(signature = (job, lease, first, namespace, hashes, blocks, deadline_ms, stream = None))]
+    /// `spaces`: the namespace ids of all groups; `runs`: (group, run of the lease, its first block, blocks).
+    #[pyo3(signature = (job, lease, spaces, runs, hashes, blocks, deadline_ms, stream = None))]
     #[expect(clippy::too_many_arguments, reason = "the Python interface")]
     fn submit_load(
         &self,
         job: &[u8],
         lease: &[u8],
-        first: u32,
-        namespace: &[u8],
+        spaces: &[u8],
+        runs: Vec<(usize, u32, u32, u32)>,
         hashes: &[u8],
         blocks: Vec<u32>,
         deadline_ms: u64,
         stream: Option<u64>,
     ) -> PyResult<()> {
         per_block(hashes, &blocks)?;
-        let (job, lease, space) = (id("job", job)?, id("lease", lease)?, id("namespace", namespace)?);
+        let (job, lease, spaces) = (id("job", job)?, id("lease", lease)?, self::spaces(spaces)?);
+        let run =
+            |(group, run, first, count)| Ok(LoadRun { space: space(spaces, group)?, run, first, count });
+        let runs = runs.into_iter().map(run).collect::<PyResult<Vec<_>>>()?;
+        counted(runs.iter().map(|run| run.count), &blocks)?;
         let (hashes, deadline) = (hashes.to_vec(), Duration::from_millis(deadline_ms));
         let stream = foreign(stream);
-        self.0.submit_load(LoadJob { job, lease, first, space, hashes, blocks, deadline, stream });
+        self.client.submit_load(LoadJob { job, lease, runs, hashes, blocks, deadline, stream });
         Ok(())
     }
 
-    #[pyo3(signature = (job, namespace, parent, hashes, blocks, deadline_ms, stream = None))]
+    /// `spaces`: the namespace ids of all groups; `runs`: (group, hash of the block before or b"", blocks).
+    #[pyo3(signature = (job, spaces, runs, hashes, blocks, deadline_ms, stream = None))]
     #[expect(clippy::too_many_arguments, reason = "the Python interface")]
     fn submit_save(
         &self,
         job: &[u8],
-        namespace: &[u8],
-        parent: &[u8],
+        spaces: &[u8],
+        runs: Vec<(usize, Bound<'_, PyBytes>, u32)>,
         hashes: &[u8],
         blocks: Vec<u32>,
         deadline_ms: u64,
         stream: Option<u64>,
     ) -> PyResult<()> {
         per_block(hashes, &blocks)?;
-        if !parent.is_empty() && parent.len() != HASH_BYTES {
-            let got = parent.len();
-            return Err(PyValueError::new_err(format!("expected a parent hash of 0 or 32 bytes, got {got}")));
-        }
-        let (job, space) = (id("job", job)?, id("namespace", namespace)?);
-        let (parent, hashes, deadline) =
-            (parent.to_vec(), hashes.to_vec(), Duration::from_millis(deadline_ms));
+        let (job, spaces) = (id("job", job)?, self::spaces(spaces)?);
+        let run = |(group, parent, count): (usize, Bound<'_, PyBytes>, u32)| {
+            let parent = match parent.as_bytes() {
+                [] => None,
+                bytes => Some(bytes.try_into().map_err(|_| {
+                    let got = bytes.len();
+                    PyValueError::new_err(format!("expected a parent hash of 0 or 32 bytes, got {got}"))
+                })?),
+            };
+            Ok(SaveRun { space: space(spaces, group)?, parent, count })
+        };
+        let runs = runs.into_iter().map(run).collect::<PyResult<Vec<_>>>()?;
+        counted(runs.iter().map(|run| run.count), &blocks)?;
+        let (hashes, deadline) = (hashes.to_vec(), Duration::from_millis(deadline_ms));
         let stream = foreign(stream);
-        self.0.submit_save(SaveJob { job, space, parent, hashes, blocks, deadline, stream });
+        self.client.submit_save(SaveJob { job, runs, hashes, blocks, deadline, stream });
         Ok(())
     }
 
@@ -315,19 +438,19 @@ impl WorkerClient {
         let event = |event: JobEvent| {
             (PyBytes::new(py, &event.job), event.outcome as u8, event.quiesced, event.blocks)
         };
-        self.0.poll().into_iter().map(event).collect()
+        self.client.poll().into_iter().map(event).collect()
     }
 
     fn unquiesced(&self) -> usize {
-        self.0.unquiesced()
+        self.client.unquiesced()
     }
 
     fn counters(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {
-        counters(py, self.0.counters())
+        counters(py, self.client.counters())
     }
 
     fn close(&self) {
-        self.0.close();
+        self.client.close();
     }
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from pillion.vllm import device
+from pillion.vllm import groups as registered
 from pillion.vllm.hits import FULL, STATE, WINDOW, Group, Hits
 
 FIRST_VERSION = (0, 30)
@@ -296,21 +297,6 @@ def _window(spec: Any) -> int:
     return -(-(int(spec.sliding_window) - 1) // int(spec.block_size))
 
 
-def _memory(_vllm_config: Any, kv_cache_config: Any) -> str | None:
-    """What cannot be registered yet."""
-    groups, tensors = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
-    if len(groups) != 1:
-        return f"{len(groups)} KV cache groups (hybrid model): one is served yet"
-    if len(tensors) != 1:
-        return f"{len(tensors)} KV cache tensors with different pages: one is served yet"
-    tensor, group = tensors[0], groups[0]
-    if getattr(tensor, "host_resident", False):
-        return "the KV cache lies in a host-resident pool"
-    if sorted(tensor.layers) != sorted(group.layer_names):
-        return "layers share KV with layers outside their tensor"
-    spec = group.kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec":
-        return f"KV cache spec {type(spec).__name__}: FullAttentionSpec is served yet"
-    if spec.page_size_bytes != spec.num_heads * spec.num_states * spec.state_content_size_bytes:
-        return "pages are padded: not served yet"
-    return None
+def _memory(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """What cannot be registered."""
+    return registered.refusal(vllm_config, kv_cache_config)

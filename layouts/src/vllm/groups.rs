@@ -4,15 +4,14 @@
 //! because only all of them account for the allocation. Each becomes a [`Shard`] of its own: a block
 //! id belongs to one group at a time, so groups may lie on the same bytes.
 //!
-//! Declared strides are compared with those of vLLM's `compute_layout_strides`, as in
-//! [`super::layout`]; a number that could only be trusted is refused.
+//! Declared strides are compared with those of vLLM's `compute_layout_strides` (the table in
+//! [`super`]); a number that could only be trusted is refused.
 
 use super::KvCacheTensor;
 use super::packing::{Cells, Packing, Placed};
 use crate::content::{BlockContent, Rank, Role};
-use crate::layout::Dim;
 use crate::refusal::{Refusal, shown};
-use crate::shape::Order;
+use crate::shape::{Dim, Order};
 use crate::shard::{Extent, Part, Piece, Shard};
 
 /// The memory that all groups of a worker share.
@@ -65,8 +64,14 @@ pub fn layer_number(name: &str) -> Result<u32, Refusal> {
     }
 }
 
-/// Checks all groups of a worker and gives the shard of each.
+/// Checks all groups of a worker and gives the shard of each, layers by the numbers in their names.
 pub fn shards(pool: Pool, groups: &[Group]) -> Result<Vec<Shard>, Refusal> {
+    check(pool, groups)?;
+    groups.iter().map(|group| shard(pool, group, &mut layer_number)).collect()
+}
+
+/// Every declared number follows from the others, and the allocation is accounted for.
+pub(crate) fn check(pool: Pool, groups: &[Group]) -> Result<(), Refusal> {
     if pool.num_blocks == 0 {
         return Err(Refusal::Zero { what: "blocks" });
     }
@@ -87,8 +92,7 @@ pub fn shards(pool: Pool, groups: &[Group]) -> Result<Vec<Shard>, Refusal> {
         longest = longest.max(group_end(pool, group, first)?);
         page = group.pages.iter().map(|pages| pages.page_bytes).min().unwrap_or(0).min(page);
     }
-    check_size(pool, first, longest, page)?;
-    groups.iter().map(|group| shard(pool, group)).collect()
+    check_size(pool, first, longest, page)
 }
 
 /// Compares the group's strides and offsets; returns where it ends: in a block, or in the memory.
@@ -229,24 +233,45 @@ fn check_kernel_blocks(pages: &Pages) -> Result<(), Refusal> {
     Ok(())
 }
 
+/// Where a cell of a page lies: `kernel block × block + head × head + state × state`, from its start.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Inside {
+    /// States of a kernel block.
+    pub(crate) states: u32,
+    /// From kernel block to kernel block.
+    pub(crate) block: u64,
+    pub(crate) head: u64,
+    pub(crate) state: u64,
+}
+
+/// The inside of a page, by the order alone: what vLLM's own views say, whatever a backend packs there.
+pub(crate) fn inside(pool: Pool, pages: &Pages) -> Result<Inside, Refusal> {
+    check_kernel_blocks(pages)?;
+    let strides = strides(pool, pages, pages.kernel_blocks.into(), pages.tensor.block_stride)?;
+    let Strides { block, head, state, .. } = strides;
+    Ok(Inside { states: pages.states / pages.kernel_blocks, block, head, state })
+}
+
 /// The shard of one group, its strides having been checked.
-fn shard(pool: Pool, group: &Group) -> Result<Shard, Refusal> {
+pub(crate) fn shard(
+    pool: Pool,
+    group: &Group,
+    number: &mut dyn FnMut(&str) -> Result<u32, Refusal>,
+) -> Result<Shard, Refusal> {
     let (mut planes, mut pieces) = (Vec::new(), Vec::new());
     for pages in &group.pages {
-        check_kernel_blocks(pages)?;
-        let ratio = u64::from(pages.kernel_blocks);
-        let inner = strides(pool, pages, ratio, pages.tensor.block_stride)?;
+        let inner = inside(pool, pages)?;
         let cells = Cells {
             order: pool.order,
             rank: pool.rank,
             kernel_blocks: pages.kernel_blocks,
             heads: pages.heads,
-            states: pages.states / pages.kernel_blocks,
+            states: inner.states,
             content: pages.content_bytes,
             head_stride: inner.head,
             state_stride: inner.state,
         };
-        let layers = pages.tensor.layers.iter().map(|name| layer_number(name));
+        let layers = pages.tensor.layers.iter().map(|name| number(name));
         let layers = layers.collect::<Result<Vec<_>, _>>()?;
         for Placed { plane, at, heads, states } in pages.packing.place(cells)? {
             let held = plane.heads_of(pool.rank)?;
@@ -262,7 +287,7 @@ fn shard(pool: Pool, group: &Group) -> Result<Shard, Refusal> {
                 blocks: pages.tensor.block_stride,
                 layers: pages.tensor.layer_stride,
                 heads,
-                states: vec![Dim { len: ratio, stride: inner.block }, states],
+                states: vec![Dim { len: pages.kernel_blocks.into(), stride: inner.block }, states],
             });
         }
     }

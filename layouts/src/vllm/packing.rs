@@ -6,9 +6,8 @@
 
 use crate::axes::expect;
 use crate::content::{Plane, Rank, Role};
-use crate::layout::Dim;
 use crate::refusal::Refusal;
-use crate::shape::{Dtype, Order, Sharding};
+use crate::shape::{Dim, Dtype, Order, Sharding};
 
 /// Part of a recurrent state page, in the order in which the page holds them.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -1,9 +1,9 @@
 //! Numbers that vLLM itself produced, and the costs that follow from them.
 
-use crate::oracle::Geometry;
-use pillion_layouts::vllm::{KvCache, KvCacheTensor, layout};
+use crate::oracle::{Geometry, KvCache, key_value, load, save};
+use pillion_layouts::vllm::KvCacheTensor;
 use pillion_layouts::{
-    CanaryMismatch, LogicalShape, Order, Refusal, Segment, canary_byte, canary_check, canary_fill, plan,
+    CanaryMismatch, Dtype, Order, Refusal, Segment, canary_byte, canary_fill, canary_fill_from,
 };
 
 fn names(count: usize) -> Vec<String> {
@@ -16,8 +16,7 @@ fn small(order: &str, num_blocks: u64, memory_bytes: u64) -> KvCache {
         order: order.into(),
         num_blocks,
         block_tokens: 32,
-        dtype: "float32".into(),
-        kind: "FullAttentionSpec".into(),
+        packing: key_value(2, 512, Dtype::Float32),
         heads: 2,
         states: 32,
         content_bytes: 512,
@@ -42,16 +41,9 @@ fn traced() -> KvCache {
 
 #[test]
 fn vllm_cpu_as_traced() {
-    let layout = layout(&traced()).expect("a real registration");
-    assert_eq!(layout.shape(), LogicalShape { layers: 4, heads: 2, states: 32, content_bytes: 512 });
-    assert_eq!((layout.num_blocks(), layout.record_bytes()), (8192, 131072));
-    assert_eq!(layout.layer_names(), names(4));
-    // Tensor strides (8192, 4096, 128, 1) of 4 bytes, layer l at element l × 67108864.
-    assert_eq!(layout.address(3, 5, 1, 7), Some(4 * (3 * 67108864 + 5 * 8192 + 4096 + 7 * 128)));
-
-    let plan = plan(&layout).expect("a plan");
-    assert_eq!(plan.engine_block_stride(), 32768);
-    let runs: Vec<Segment> = plan.segments(8191).collect();
+    let group = traced().check().expect("a real registration");
+    assert_eq!((group.plan().num_blocks(), group.record_bytes()), (8192, 131072));
+    let runs: Vec<Segment> = group.plan().segments(8191).collect();
     let expected = (0..4).map(|layer| Segment {
         engine: layer * 268435456 + 8191 * 32768,
         record: layer * 32768,
@@ -59,10 +51,12 @@ fn vllm_cpu_as_traced() {
     });
     assert_eq!(runs, expected.collect::<Vec<_>>());
     assert_eq!(
-        layout.format(),
-        "pillion-record/1 kind=full_attention sharding=split_heads dtype=float32 block_tokens=32 axes=LHNC \
-         layers=4 heads=2 states=32 content_bytes=512 names=[model.layers.0.self_attn.attn,\
-         model.layers.1.self_attn.attn,model.layers.2.self_attn.attn,model.layers.3.self_attn.attn]"
+        group.format(),
+        "pillion-record/2 block_tokens=32 \
+         key[heads=0..2/2 states=32 bytes=4 format=float32 split_heads layers=0..4,] \
+         value[heads=0..2/2 states=32 bytes=508 format=float32 split_heads layers=0..4,] \
+         names=[model.layers.0.self_attn.attn,model.layers.1.self_attn.attn,\
+         model.layers.2.self_attn.attn,model.layers.3.self_attn.attn,]"
     );
 }
 
@@ -138,14 +132,19 @@ fn strides_as_vllm_prints_them() {
             let layers = layers.drain(..count).collect();
             cache.tensors.push(KvCacheTensor { size, offset, layer_stride, block_stride, layers });
         }
-        let layout = layout(&cache).unwrap_or_else(|refusal| panic!("{order}: {refusal}"));
+        let group = cache.check().unwrap_or_else(|refusal| panic!("{order}: {refusal}"));
+        // Row by row: 2 heads of 32 states of 512 bytes, as the record has them.
+        let at = |layer: u64, block: u64, head: u64, state: u64| {
+            let row = ((layer * 2 + head) * 32 + state) * 512;
+            let holds = |run: &Segment| (run.record..run.record + run.len).contains(&row);
+            let run = group.plan().segments(block).find(holds).expect("a row of the record");
+            run.engine + row - run.record
+        };
         let view_of = tensors.iter().zip(views).flat_map(|(tensor, view)| vec![view; tensor.3]);
         for (layer, ([b, h, n], start)) in view_of.zip(starts).enumerate() {
-            let at = |block, head, state| layout.address(layer as u32, block, head, state);
-            assert_eq!(at(0, 0, 0), Some(start), "{order}, layer {layer}");
-            assert_eq!(at(4, 1, 31), Some(start + 4 * b + h + 31 * n), "{order}, layer {layer}");
+            assert_eq!(at(layer as u64, 0, 0, 0), start, "{order}, layer {layer}");
+            assert_eq!(at(layer as u64, 4, 1, 31), start + 4 * b + h + 31 * n, "{order}, layer {layer}");
         }
-        plan(&layout).expect("a plan");
     }
 }
 
@@ -153,14 +152,14 @@ fn strides_as_vllm_prints_them() {
 fn what_a_block_costs() {
     let (l, h, n) = (4, 2, 32);
     let costs = [
-        (Order::Blhnc, 1, 1),
-        (Order::Lbhnc, l, 1),
-        (Order::Lhbnc, l * h, 1),
-        (Order::Bhlnc, l * h, 1),
-        (Order::Lbnhc, l * h * n, l),
-        (Order::Blnhc, l * h * n - (l - 1), l),
+        (Order::Blhnc, 1),
+        (Order::Lbhnc, l),
+        (Order::Lhbnc, l * h),
+        (Order::Bhlnc, l * h),
+        (Order::Lbnhc, l * h * n),
+        (Order::Blnhc, l * h * n - (l - 1)),
     ];
-    for (order, runs, copies) in costs {
+    for (order, runs) in costs {
         let geometry = Geometry {
             order,
             tensors: vec![l as u64],
@@ -168,18 +167,18 @@ fn what_a_block_costs() {
             heads: h as u64,
             states: n as u64,
             content: 512,
-            dtype: "float32",
+            dtype: Dtype::Float32,
             align: 0,
             tail: 0,
         };
-        let plan = plan(&layout(&geometry.oracle().cache).expect("served")).expect("a plan");
-        assert_eq!((plan.segments(2).count(), plan.copies().len()), (runs, copies), "{order}");
+        let group = geometry.oracle().cache.check().expect("served");
+        assert_eq!((group.plan().segments(2).count(), group.plan().runs()), (runs, runs), "{order}");
     }
 }
 
-/// Tensors of one layer each are still one copy where a stride can say it.
+/// A block's layers follow each other in a record as in the engine, whatever the tensors.
 #[test]
-fn tensors_merge_into_one_copy() {
+fn tensors_of_one_layer_cost_nothing() {
     for (order, runs) in [(Order::Lbhnc, 6), (Order::Blhnc, 1), (Order::Lhbnc, 12)] {
         let geometry = Geometry {
             order,
@@ -188,12 +187,12 @@ fn tensors_merge_into_one_copy() {
             heads: 2,
             states: 4,
             content: 8,
-            dtype: "float16",
+            dtype: Dtype::Float16,
             align: 0,
             tail: 0,
         };
-        let plan = plan(&layout(&geometry.oracle().cache).expect("served")).expect("a plan");
-        assert_eq!((plan.segments(0).count(), plan.copies().len()), (runs, 1), "{order}");
+        let group = geometry.oracle().cache.check().expect("served");
+        assert_eq!(group.plan().runs(), runs, "{order}");
     }
 }
 
@@ -214,22 +213,15 @@ fn what_is_not_known_is_refused() {
     let refused = |change: fn(&mut KvCache)| {
         let mut cache = traced();
         change(&mut cache);
-        layout(&cache).expect_err("a description that is not served")
+        cache.check().expect_err("a description that is not served")
     };
     let is_zero = |refusal| matches!(refusal, Refusal::Zero { .. });
-    for kind in ["MLAAttentionSpec", "SlidingWindowSpec", "MambaSpec", ""] {
-        let mut cache = traced();
-        cache.kind = kind.into();
-        assert!(matches!(layout(&cache), Err(Refusal::UnsupportedKind { .. })), "{kind}");
-    }
     for dtype in ["uint8", "auto", "int8", "fp8_ds_mla", "nvfp4", "torch.uint8", ""] {
-        let mut cache = traced();
-        cache.dtype = dtype.into();
-        assert!(matches!(layout(&cache), Err(Refusal::UnknownDtype { .. })), "{dtype}");
+        assert!(matches!(dtype.parse::<Dtype>(), Err(Refusal::UnknownDtype { .. })), "{dtype}");
     }
     assert!(matches!(refused(|c| c.order = "NBLHC".into()), Refusal::UnknownOrder { .. }));
     assert!(matches!(refused(|c| c.block_tokens = 64), Refusal::StatesPerBlock { .. }));
-    assert!(matches!(refused(|c| c.page_bytes = 36864), Refusal::PaddedPage { expected: 32768, .. }));
+    assert!(matches!(refused(|c| c.page_bytes = 36864), Refusal::BlockStride { .. }));
     assert!(matches!(refused(|c| c.memory_bytes -= 1), Refusal::OutsideMemory { .. }));
     assert!(matches!(
         refused(|c| c.tensors[0].layers[2] = c.tensors[0].layers[0].clone()),
@@ -240,10 +232,11 @@ fn what_is_not_known_is_refused() {
     assert!(is_zero(refused(|c| c.heads = 0)));
     assert!(is_zero(refused(|c| c.states = 0)));
     assert!(is_zero(refused(|c| c.content_bytes = 0)));
-    assert!(is_zero(refused(|c| c.memory_bytes = 0)));
+    assert!(matches!(refused(|c| c.memory_bytes = 0), Refusal::OutsideMemory { .. }));
     assert!(is_zero(refused(|c| c.tensors.clear())));
     assert!(is_zero(refused(|c| c.tensors[0].layers.clear())));
-    let odd = refused(|c| (c.content_bytes, c.page_bytes) = (510, 510 * 64));
+    let odd =
+        refused(|c| c.packing = "kv total_heads=2 key=255 value=257 dtype=float32".parse().expect("one"));
     assert!(matches!(odd, Refusal::ElementSize { element_bytes: 4, .. }));
 }
 
@@ -255,16 +248,25 @@ fn a_forgotten_layer_is_refused() {
         for align in [0, 31] {
             let tensors = vec![2, 1];
             let (heads, states, content) = (2, 2, 8);
-            let geometry =
-                Geometry { order, tensors, blocks: 3, heads, states, content, dtype: "fp8", align, tail: 0 };
+            let geometry = Geometry {
+                order,
+                tensors,
+                blocks: 3,
+                heads,
+                states,
+                content,
+                dtype: Dtype::Fp8,
+                align,
+                tail: 0,
+            };
             let whole = geometry.oracle().cache;
-            layout(&whole).unwrap_or_else(|refusal| panic!("{order}: {refusal}"));
+            whole.check().unwrap_or_else(|refusal| panic!("{order}: {refusal}"));
             for tensor in 0..2 {
                 let mut cache = whole.clone();
                 cache.tensors[tensor].layers.pop();
-                layout(&cache).expect_err("a forgotten layer");
+                cache.check().expect_err("a forgotten layer");
                 cache.tensors.remove(tensor);
-                layout(&cache).expect_err("a forgotten tensor");
+                cache.check().expect_err("a forgotten tensor");
             }
         }
     }
@@ -281,7 +283,7 @@ fn an_end_that_is_nobodys_is_refused() {
         block_stride: 32768,
         layers: names(4),
     });
-    let refusal = layout(&cache).expect_err("164 kB that belong to no layer");
+    let refusal = cache.check().expect_err("164 kB that belong to no layer");
     assert!(matches!(refusal, Refusal::AllocationSize { expected: 655360, got: 819200, .. }));
 }
 
@@ -290,7 +292,7 @@ fn an_end_that_is_nobodys_is_refused() {
 fn refusals_are_one_short_line() {
     let mut cache = traced();
     cache.order = format!("LB\n{}", "x".repeat(10_000));
-    let message = layout(&cache).expect_err("not an order").to_string();
+    let message = cache.check().expect_err("not an order").to_string();
     assert!(message.contains(r"LB\nxx") && message.len() < 400, "{message}");
 }
 
@@ -300,7 +302,7 @@ fn formats_tell_layers_apart() {
     let format = |layers: [&str; 4]| {
         let mut cache = traced();
         cache.tensors[0].layers = layers.map(String::from).to_vec();
-        layout(&cache).expect("served").format()
+        cache.check().expect("served").format().to_owned()
     };
     let formats = [
         format(["a", "b", "c", "d"]),
@@ -318,9 +320,9 @@ fn formats_tell_layers_apart() {
 #[test]
 #[should_panic(expected = "block 8192: the engine has blocks 0 to 8191")]
 fn a_block_beyond_the_end_is_never_addressed() {
-    let plan = plan(&layout(&traced()).expect("served")).expect("a plan");
-    assert!(!plan.contains(8192));
-    plan.segments(8192);
+    let group = traced().check().expect("served");
+    assert!(!group.plan().contains(8192));
+    group.plan().segments(8192);
 }
 
 #[test]
@@ -332,12 +334,18 @@ fn canary_as_agreed() {
     assert_eq!(bytes[8..], 0x910A_2DEC_8902_5CC1_u64.to_le_bytes()[..5]);
     assert_eq!(canary_byte(u64::MAX, 8), bytes[0], "seed + i wraps");
 
-    let shape = LogicalShape { layers: 1, heads: 1, states: 1, content_bytes: 13 };
-    assert_eq!(canary_check(0, shape, &bytes), Ok(()));
-    let short = canary_check(0, shape, &bytes[..12]);
-    assert_eq!(short, Err(CanaryMismatch::Length { expected: 13, got: 12 }));
-    let none = LogicalShape { layers: 0, ..shape };
-    assert_eq!(canary_check(0, none, &[]), Err(CanaryMismatch::Length { expected: 0, got: 0 }));
+    let mut all = [0; 64];
+    canary_fill(7, &mut all);
+    for first in 0..20 {
+        for len in 0..20 {
+            let mut part = vec![0; len];
+            canary_fill_from(7, first as u64, &mut part);
+            assert_eq!(part, all[first..first + len], "{first} + {len}");
+        }
+    }
+    let group = traced().check().expect("served");
+    let short = group.canary_check(0, &bytes);
+    assert_eq!(short, Err(CanaryMismatch::Length { expected: 131072, got: 13 }));
 }
 
 /// HND read as NHD is the mistake that only the canary can see: every declared number agrees.
@@ -347,15 +355,16 @@ fn the_canary_catches_a_transposed_page() {
     let tensor =
         KvCacheTensor { size: 262144, offset: 0, layer_stride: 65536, block_stride: 32768, layers: names(4) };
     real.tensors.push(tensor);
-    let truth = layout(&real).expect("served");
+    let truth = real.check().expect("served");
     let mut memory = vec![0u8; 262144];
     let mut record = vec![0; truth.record_bytes() as usize];
     canary_fill(7, &mut record);
-    crate::oracle::load(&plan(&truth).expect("a plan"), &record, &mut memory, 0);
+    load(truth.plan(), &record, &mut memory, 0);
+    assert_eq!(truth.canary_check(7, &save(truth.plan(), &memory, 0)), Ok(()));
 
     real.order = "LBNHC".into();
-    let wrong = layout(&real).expect("the numbers agree with this order too");
-    let read = crate::oracle::save(&plan(&wrong).expect("a plan"), &memory, 0);
-    let mismatch = canary_check(7, wrong.shape(), &read).expect_err("a transposed page");
-    assert!(matches!(mismatch, CanaryMismatch::Byte { layer: 0, head: 0, state: 1, byte: 0, .. }));
+    let wrong = real.check().expect("the numbers agree with this order too");
+    let read = save(wrong.plan(), &memory, 0);
+    let mismatch = wrong.canary_check(7, &read).expect_err("a transposed page");
+    assert!(matches!(mismatch, CanaryMismatch::Byte { head: 0, state: 1, byte: 0, .. }), "{mismatch}");
 }

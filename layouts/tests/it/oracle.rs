@@ -1,8 +1,9 @@
 //! A slow oracle: vLLM's own stride algorithm, written again in its general form (a permutation of
 //! axes) rather than as the table that the crate uses, and logical tensors in plain arrays.
 
-use pillion_layouts::vllm::{KvCache, KvCacheTensor};
-use pillion_layouts::{BlockPlan, Order, Segment};
+use pillion_layouts::vllm::groups::{Group, Pages};
+use pillion_layouts::vllm::{KvCacheTensor, Packing};
+use pillion_layouts::{BlockPlan, CheckedGroup, Dtype, Order, Refusal, Segment, Worker};
 use proptest::prelude::*;
 
 const L: usize = 0;
@@ -18,11 +19,62 @@ pub(crate) struct Geometry {
     pub(crate) heads: u64,
     pub(crate) states: u64,
     pub(crate) content: u64,
-    pub(crate) dtype: &'static str,
+    pub(crate) dtype: Dtype,
     /// Bytes between blocks that are nobody's.
     pub(crate) align: u64,
     /// Bytes of memory behind the tensors.
     pub(crate) tail: u64,
+}
+
+/// A description of one group whose tensors are alike.
+#[derive(Debug, Clone)]
+pub(crate) struct KvCache {
+    pub(crate) order: String,
+    pub(crate) num_blocks: u64,
+    pub(crate) block_tokens: u32,
+    pub(crate) packing: Packing,
+    pub(crate) heads: u32,
+    pub(crate) states: u32,
+    pub(crate) content_bytes: u32,
+    pub(crate) page_bytes: u64,
+    pub(crate) memory_bytes: u64,
+    pub(crate) tensors: Vec<KvCacheTensor>,
+}
+
+/// Keys of one element, values of the rest.
+pub(crate) fn key_value(total_heads: u32, content_bytes: u32, dtype: Dtype) -> Packing {
+    let key_bytes = dtype.element_bytes();
+    Packing::KeyValue { total_heads, key_bytes, value_bytes: content_bytes - key_bytes, dtype }
+}
+
+impl KvCache {
+    /// What a shim registers of it.
+    pub(crate) fn worker(&self) -> Worker {
+        let pages = |tensor: &KvCacheTensor| Pages {
+            tensor: tensor.clone(),
+            heads: self.heads,
+            states: self.states,
+            content_bytes: self.content_bytes,
+            page_bytes: self.page_bytes,
+            kernel_blocks: 1,
+            packing: self.packing.clone(),
+        };
+        Worker {
+            order: self.order.clone(),
+            num_blocks: self.num_blocks,
+            memory_bytes: self.memory_bytes,
+            rank: 0,
+            world: 1,
+            groups: vec![Group {
+                block_tokens: self.block_tokens,
+                pages: self.tensors.iter().map(pages).collect(),
+            }],
+        }
+    }
+
+    pub(crate) fn check(&self) -> Result<CheckedGroup, Refusal> {
+        Ok(self.worker().check()?.remove(0))
+    }
 }
 
 /// Logical axes, outermost first in memory, as the values of vLLM's `KVCacheLayout`.
@@ -113,8 +165,7 @@ impl Geometry {
             order: self.order.to_string(),
             num_blocks: self.blocks,
             block_tokens: self.states as u32,
-            dtype: self.dtype.into(),
-            kind: "FullAttentionSpec".into(),
+            packing: key_value(self.heads as u32, self.content as u32, self.dtype),
             heads: self.heads as u32,
             states: self.states as u32,
             content_bytes: self.content as u32,
@@ -153,18 +204,18 @@ pub(crate) fn any_order() -> impl Strategy<Value = Order> {
 }
 
 pub(crate) fn any_geometry() -> impl Strategy<Value = Geometry> {
-    let dtype = proptest::sample::select(vec![("float32", 4), ("bfloat16", 2), ("fp8_e4m3", 1)]);
-    let sizes = (1..=4u64, 1..=4u64, 1..=5u64, 1..=3u64);
+    let dtype = proptest::sample::select(vec![Dtype::Float32, Dtype::Bfloat16, Dtype::Fp8E4m3]);
+    let sizes = (1..=4u64, 1..=4u64, 1..=5u64, 2..=4u64);
     let tensors = proptest::collection::vec(1..=3u64, 1..=3);
     let slack = (prop_oneof![Just(0), 1..=24u64], 0..=40u64);
     (any_order(), tensors, sizes, dtype, slack).prop_map(
-        |(order, tensors, (blocks, heads, states, elements), (dtype, size), (align, tail))| Geometry {
+        |(order, tensors, (blocks, heads, states, elements), dtype, (align, tail))| Geometry {
             order,
             tensors,
             blocks,
             heads,
             states,
-            content: elements * size,
+            content: elements * u64::from(dtype.element_bytes()),
             dtype,
             align,
             tail,

@@ -1,10 +1,7 @@
 //! Random geometries in all six orders, simulated byte by byte and compared with the oracle.
 
-use crate::oracle::{Geometry, any_geometry, any_order, load, merged, save};
-use pillion_layouts::vllm::{KvCache, layout};
-use pillion_layouts::{
-    BlockPlan, Layout, Order, Refusal, Segment, canary_byte, canary_check, canary_fill, plan,
-};
+use crate::oracle::{Geometry, KvCache, any_geometry, any_order, load, merged, save};
+use pillion_layouts::{CheckedGroup, Dtype, Order, Refusal, Segment, canary_byte, canary_fill};
 use proptest::prelude::*;
 
 const SEED: u64 = 0x5eed_0000_1234;
@@ -14,10 +11,8 @@ fn noise(bytes: u64) -> Vec<u8> {
     (0..bytes).map(|index| canary_byte(!SEED, index)).collect()
 }
 
-fn planned(cache: &KvCache) -> (Layout, BlockPlan) {
-    let layout = layout(cache).expect("a description by vLLM's own formulas is served");
-    let plan = plan(&layout).expect("and planned");
-    (layout, plan)
+fn planned(cache: &KvCache) -> CheckedGroup {
+    cache.check().expect("a description by vLLM's own formulas is served")
 }
 
 proptest! {
@@ -27,13 +22,14 @@ proptest! {
     #[test]
     fn a_saved_block_is_the_logical_tensor(geometry in any_geometry()) {
         let oracle = geometry.oracle();
-        let (_, plan) = planned(&oracle.cache);
+        let group = planned(&oracle.cache);
+        let plan = group.plan();
         prop_assert_eq!(plan.record_bytes(), geometry.record_bytes());
         let memory = noise(oracle.cache.memory_bytes);
         for block in 0..geometry.blocks {
             let logical: Vec<u8> =
                 geometry.addresses(&oracle, block).into_iter().map(|at| memory[at as usize]).collect();
-            prop_assert_eq!(save(&plan, &memory, block), logical);
+            prop_assert_eq!(save(plan, &memory, block), logical);
         }
     }
 
@@ -41,7 +37,8 @@ proptest! {
     #[test]
     fn a_loaded_block_changes_its_own_bytes_only(geometry in any_geometry(), pick in any::<prop::sample::Index>()) {
         let oracle = geometry.oracle();
-        let (_, plan) = planned(&oracle.cache);
+        let group = planned(&oracle.cache);
+        let plan = group.plan();
         let block = pick.index(geometry.blocks as usize) as u64;
         let record = noise(geometry.record_bytes());
         let mut memory = vec![0xEE; oracle.cache.memory_bytes as usize];
@@ -49,34 +46,17 @@ proptest! {
         for (at, byte) in geometry.addresses(&oracle, block).into_iter().zip(&record) {
             expected[at as usize] = *byte;
         }
-        load(&plan, &record, &mut memory, block);
+        load(plan, &record, &mut memory, block);
         prop_assert!(memory == expected);
-        prop_assert_eq!(save(&plan, &memory, block), record);
-    }
-
-    /// `address` names the place of every cell, and of no other.
-    #[test]
-    fn addresses_are_the_oracles(geometry in any_geometry()) {
-        let oracle = geometry.oracle();
-        let (layout, _) = planned(&oracle.cache);
-        for block in 0..geometry.blocks {
-            for (l, h, n) in geometry.cells() {
-                let at = layout.address(l as u32, block, h as u32, n as u32);
-                prop_assert_eq!(at, Some(oracle.address(l, block, h, n)));
-            }
-        }
-        let (layers, heads, states) = (geometry.layers() as u32, geometry.heads as u32, geometry.states as u32);
-        prop_assert_eq!(layout.address(layers, 0, 0, 0), None);
-        prop_assert_eq!(layout.address(0, geometry.blocks, 0, 0), None);
-        prop_assert_eq!(layout.address(0, 0, heads, 0), None);
-        prop_assert_eq!(layout.address(0, 0, 0, states), None);
+        prop_assert_eq!(save(plan, &memory, block), record);
     }
 
     /// The segments are what remains when all bytes that touch are joined: none could be longer.
     #[test]
     fn segments_are_maximal_and_in_record_order(geometry in any_geometry()) {
         let oracle = geometry.oracle();
-        let (_, plan) = planned(&oracle.cache);
+        let group = planned(&oracle.cache);
+        let plan = group.plan();
         for block in 0..geometry.blocks {
             let bytes = geometry.addresses(&oracle, block);
             let single = (0u64..).zip(bytes).map(|(record, engine)| Segment { engine, record, len: 1 });
@@ -84,23 +64,21 @@ proptest! {
         }
     }
 
-    /// The strided copies say the same as the segments, and never once per token.
+    /// Cut into pieces, the runs are as long as they may be and say the same.
     #[test]
-    fn copies_expand_to_the_segments(geometry in any_geometry()) {
+    fn cut_runs_say_the_same(geometry in any_geometry(), len in 1..=40u64) {
         let oracle = geometry.oracle();
-        let (_, plan) = planned(&oracle.cache);
+        let group = planned(&oracle.cache);
+        let cut = group.plan().cut(len);
+        prop_assert_eq!(cut.record_bytes(), group.record_bytes());
         for block in 0..geometry.blocks {
-            let runs = plan.copies().iter().flat_map(|copy| {
-                let shift = block * plan.engine_block_stride();
-                (0..copy.count2).flat_map(move |row| (0..copy.count).map(move |column| Segment {
-                    engine: copy.src + row * copy.src_stride2 + column * copy.src_stride + shift,
-                    record: copy.dst + row * copy.dst_stride2 + column * copy.dst_stride,
-                    len: copy.len,
-                }))
-            });
-            prop_assert_eq!(merged(runs), plan.segments(block).collect::<Vec<_>>());
+            let runs: Vec<_> = cut.segments(block).collect();
+            prop_assert_eq!(runs.len(), cut.runs());
+            prop_assert!(runs.iter().all(|run| run.len <= len));
+            let least: u64 = group.plan().segments(block).map(|run| run.len.div_ceil(len)).sum();
+            prop_assert_eq!(runs.len() as u64, least);
+            prop_assert_eq!(merged(runs), group.plan().segments(block).collect::<Vec<_>>());
         }
-        prop_assert!(plan.copies().len() as u64 <= geometry.layers());
     }
 
     /// What one order stored, another order loads: the formats agree and the tensors do.
@@ -108,12 +86,12 @@ proptest! {
     fn orders_share_records(geometry in any_geometry(), other in any_order()) {
         let twin = Geometry { order: other, ..geometry.clone() };
         let (one, two) = (geometry.oracle(), twin.oracle());
-        let ((from, save_plan), (to, load_plan)) = (planned(&one.cache), planned(&two.cache));
+        let (from, to) = (planned(&one.cache), planned(&two.cache));
         prop_assert_eq!(from.format(), to.format());
         let source = noise(one.cache.memory_bytes);
         let mut target = vec![0; two.cache.memory_bytes as usize];
         for block in 0..geometry.blocks {
-            load(&load_plan, &save(&save_plan, &source, block), &mut target, block);
+            load(to.plan(), &save(from.plan(), &source, block), &mut target, block);
         }
         for block in 0..geometry.blocks {
             for (from, to) in geometry.addresses(&one, block).into_iter().zip(twin.addresses(&two, block)) {
@@ -216,9 +194,10 @@ fn write_canary(geometry: &Geometry, memory: &mut [u8]) {
 }
 
 /// The sidecar's part: false if reading block 0 by this description would not give the canary.
-fn canary_sees_it(layout: &Layout, plan: &BlockPlan, memory: &[u8]) -> bool {
+fn canary_sees_it(group: &CheckedGroup, memory: &[u8]) -> bool {
+    let plan = group.plan();
     plan.segments(0).all(|run| run.engine + run.len <= memory.len() as u64)
-        && canary_check(SEED, layout.shape(), &save(plan, memory, 0)).is_ok()
+        && group.canary_check(SEED, &save(plan, memory, 0)).is_ok()
 }
 
 proptest! {
@@ -229,16 +208,16 @@ proptest! {
     #[test]
     fn a_wrong_description_never_moves_a_byte(geometry in any_geometry(), mutation in any_mutation()) {
         let oracle = geometry.oracle();
-        let Ok(layout) = layout(&mutated(&oracle.cache, &mutation)) else { return Ok(()) };
-        let plan = plan(&layout).expect("what was not refused can be planned");
+        let Ok(group) = mutated(&oracle.cache, &mutation).check() else { return Ok(()) };
+        let plan = group.plan();
         let mut memory = noise(oracle.cache.memory_bytes);
         write_canary(&geometry, &mut memory);
-        if !canary_sees_it(&layout, &plan, &memory) {
+        if !canary_sees_it(&group, &memory) {
             return Ok(());
         }
         prop_assert!(plan.record_bytes() == geometry.record_bytes(), "another record passed: {mutation:?}");
-        prop_assert!(layout.num_blocks() <= geometry.blocks, "blocks that do not exist: {mutation:?}");
-        for block in 0..layout.num_blocks() {
+        prop_assert!(plan.num_blocks() <= geometry.blocks, "blocks that do not exist: {mutation:?}");
+        for block in 0..plan.num_blocks() {
             let real = (0u64..).zip(geometry.addresses(&oracle, block));
             let real = merged(real.map(|(record, engine)| Segment { engine, record, len: 1 }));
             prop_assert_eq!(plan.segments(block).collect::<Vec<_>>(), real, "{:?}", mutation);
@@ -267,9 +246,9 @@ proptest! {
                 _ => cache.page_bytes = value,
             }
         }
-        if let Ok(layout) = layout(&cache) {
-            let plan = plan(&layout).expect("what was not refused can be planned");
-            for run in plan.segments(layout.num_blocks() - 1).take(1000) {
+        if let Ok(group) = cache.check() {
+            let plan = group.plan();
+            for run in plan.segments(plan.num_blocks() - 1).take(1000) {
                 prop_assert!(run.engine.checked_add(run.len).is_some_and(|end| end <= cache.memory_bytes));
             }
         }
@@ -278,20 +257,20 @@ proptest! {
     /// A single changed byte is found, at its coordinates.
     #[test]
     fn the_canary_names_the_place(geometry in any_geometry(), seed in any::<u64>(), pick in any::<prop::sample::Index>()) {
-        let (layout, _) = planned(&geometry.oracle().cache);
+        let group = planned(&geometry.oracle().cache);
         let mut record = vec![0; geometry.record_bytes() as usize];
         canary_fill(seed, &mut record);
-        prop_assert_eq!(canary_check(seed, layout.shape(), &record), Ok(()));
+        prop_assert_eq!(group.canary_check(seed, &record), Ok(()));
         let at = pick.index(record.len());
         prop_assert_eq!(record[at], canary_byte(seed, at as u64));
         record[at] ^= 0x40;
         let (layer, head, state) = geometry.cells().nth(at / geometry.content as usize).expect("a cell");
-        let mismatch = canary_check(seed, layout.shape(), &record).expect_err("a changed byte");
+        let mismatch = group.canary_check(seed, &record).expect_err("a changed byte");
         let expected = pillion_layouts::CanaryMismatch::Byte {
-            layer: layer as u32,
-            head: head as u32,
-            state: state as u32,
-            byte: (at as u64 % geometry.content) as u32,
+            layer: format!("layers.{layer}.attn"),
+            head,
+            state,
+            byte: at as u64 % geometry.content,
             expected: record[at] ^ 0x40,
             got: record[at],
         };
@@ -309,12 +288,12 @@ fn refusals_name_what_is_wrong() {
         heads: 2,
         states: 3,
         content: 8,
-        dtype: "float32",
+        dtype: Dtype::Float32,
         align: 0,
-        tail: 0,
+        tail: 48,
     };
     let cache = geometry.oracle().cache;
-    let refused = |mutation| layout(&mutated(&cache, &mutation)).expect_err("a wrong description");
+    let refused = |mutation| mutated(&cache, &mutation).check().expect_err("a wrong description");
     assert!(matches!(refused(Mutation::Size(48)), Refusal::AllocationSize { .. }));
     assert!(matches!(refused(Mutation::Offset(1, 8)), Refusal::Stride { what: "offset", tensor: 1, .. }));
     assert!(matches!(refused(Mutation::LayerStride(0, 8)), Refusal::Stride { what: "layer stride", .. }));
@@ -322,8 +301,8 @@ fn refusals_name_what_is_wrong() {
     assert!(matches!(refused(Mutation::AllBlockStrides(8)), Refusal::AllocationSize { .. }));
     assert!(matches!(refused(Mutation::BlockStride(1, 8)), Refusal::Stride { tensor: 1, .. }));
     assert!(matches!(refused(Mutation::NumBlocks(1)), Refusal::AllocationSize { .. }));
-    assert!(matches!(refused(Mutation::MemoryBytes(-1)), Refusal::OutsideMemory { .. }));
-    assert!(matches!(refused(Mutation::PageBytes(16)), Refusal::PaddedPage { .. }));
+    assert!(matches!(refused(Mutation::MemoryBytes(-49)), Refusal::OutsideMemory { .. }));
+    assert!(matches!(refused(Mutation::PageBytes(16)), Refusal::Stride { what: "layer stride", .. }));
     assert!(matches!(refused(Mutation::SwapHeadsAndStates), Refusal::StatesPerBlock { .. }));
-    assert!(matches!(refused(Mutation::DropTensor(0)), Refusal::UnclaimedPage { unclaimed: 96, .. }));
+    assert!(matches!(refused(Mutation::DropTensor(1)), Refusal::UnclaimedPage { unclaimed: 48, .. }));
 }

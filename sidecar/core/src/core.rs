@@ -7,19 +7,26 @@ use std::{
 
 use crate::{
     event::{Action, Event, Outcome, Registration, Role},
-    ids::{LeaseId, NamespaceId, SessionId},
+    ids::{NamespaceId, SessionId},
     jobs::{Job, JobKey},
-    key::{BlockKey, Namespace, Tenant},
-    lease::{Lease, Leases},
-    store::{State, Store},
+    key::{Namespace, Tenant},
+    lease::Leases,
+    ssd::{Ssd, SsdLimits},
+    store::Store,
 };
 
+mod grant;
+mod ssd;
+mod wait;
 mod work;
 
+use wait::Wait;
 use work::Submitted;
 
 /// Blocks that one lease or job may name.
 const MAX_BLOCKS: usize = 65_536;
+/// Runs that one lease or job may have.
+const MAX_RUNS: usize = 1024;
 /// Namespaces that are remembered; beyond it the sidecar refuses new ones until it restarts.
 const MAX_NAMESPACES: usize = 65_536;
 
@@ -40,6 +47,8 @@ pub struct Limits {
     pub lease_seed: [u8; 32],
     /// This boot.
     pub generation: [u8; 16],
+    /// Of the SSD; `None`: there is none.
+    pub ssd: Option<SsdLimits>,
 }
 
 /// What has happened since the start.
@@ -75,6 +84,22 @@ pub struct Counters {
     pub identity_mismatches: u64,
     pub deadline_misses: u64,
     pub protocol_errors: u64,
+    pub leases_waited: u64,
+    pub leases_cut_short: u64,
+    pub ssd_records: u64,
+    pub ssd_records_hidden: u64,
+    pub ssd_writes_waiting: u64,
+    pub ssd_blocks_written: u64,
+    pub ssd_bytes_written: u64,
+    pub ssd_not_written: u64,
+    pub ssd_writes_failed: u64,
+    pub ssd_blocks_read: u64,
+    pub ssd_bytes_read: u64,
+    pub ssd_reads_failed: u64,
+    pub ssd_corrupt: u64,
+    pub ssd_dropped: u64,
+    pub ssd_foreign: u64,
+    pub ssd_not_indexed: u64,
 }
 
 #[derive(Debug)]
@@ -118,6 +143,14 @@ pub struct Core {
     limits: Limits,
     store: Store,
     leases: Leases,
+    ssd: Option<Ssd>,
+    /// Lease requests that wait for the SSD, oldest first.
+    waits: BTreeMap<u64, Wait>,
+    wait_count: u64,
+    /// What they still lack.
+    wait_bytes: u64,
+    /// Tenants that have attached since the start.
+    tenants: HashMap<Arc<str>, Tenant>,
     sessions: BTreeMap<SessionId, Session>,
     spaces: HashMap<NamespaceId, Space>,
     jobs: HashMap<JobKey, Job>,
@@ -131,9 +164,14 @@ impl Core {
     /// An empty sidecar.
     pub fn new(limits: Limits) -> Self {
         Self {
-            store: Store::new(limits.pool_bytes),
+            store: Store::new(limits.pool_bytes, limits.ssd.is_some()),
+            ssd: limits.ssd.clone().map(Ssd::new),
             limits,
             leases: Leases::default(),
+            waits: BTreeMap::new(),
+            wait_count: 0,
+            wait_bytes: 0,
+            tenants: HashMap::new(),
             sessions: BTreeMap::new(),
             spaces: HashMap::new(),
             jobs: HashMap::new(),
@@ -160,7 +198,12 @@ impl Core {
                     unregister: None,
                     leaving: 0,
                 };
+                // Who only observes has no table.
+                if role != Role::Observer {
+                    self.tenants.insert(Arc::clone(&new.tenant.name), new.tenant.clone());
+                }
                 self.sessions.insert(session, new);
+                self.reveal(actions);
             }
             Event::Detached { session } => self.detach(session, actions),
             Event::OpenNamespace { session, request, namespace, epoch } => {
@@ -172,8 +215,8 @@ impl Core {
                 }
             }
             Event::Unregister { session, request } => self.unregister(session, request, actions),
-            Event::Lease { session, request, space, hashes } => {
-                self.lease(session, request, space, &hashes, now_ns, actions);
+            Event::Lease { session, request, runs, hashes } => {
+                self.lease(session, request, &runs, &hashes, now_ns, actions);
             }
             Event::Renew { session, lease } => {
                 if let Some(lease) = self.leases.get_mut(lease).filter(|lease| lease.session == session) {
@@ -185,15 +228,15 @@ impl Core {
                     self.leases.release(lease, &mut self.store);
                 }
             }
-            Event::Save { session, job, space, parent, hashes, blocks, word, tag, deadline_ns, event } => {
+            Event::Save { session, job, runs, hashes, blocks, word, tag, deadline_ns, event } => {
                 let (hashes, blocks) = (&*hashes, &*blocks);
-                let save = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
-                self.save(&save, parent, word, tag, actions);
+                let save = Submitted { session, job, hashes, blocks, deadline_ns, event };
+                self.save(&save, &runs, word, tag, actions);
             }
-            Event::Load { session, job, lease, first, space, hashes, blocks, deadline_ns, event } => {
+            Event::Load { session, job, lease, runs, hashes, blocks, deadline_ns, event } => {
                 let (hashes, blocks) = (&*hashes, &*blocks);
-                let load = Submitted { session, job, space, hashes, blocks, deadline_ns, event };
-                self.load(&load, lease, first, actions);
+                let load = Submitted { session, job, hashes, blocks, deadline_ns, event };
+                self.load(&load, lease, &runs, actions);
             }
             Event::Cancel { session, job } => {
                 if let Some(running) = self.jobs.get_mut(&(session, job)) {
@@ -204,9 +247,21 @@ impl Core {
             Event::CopyDone { session, job, blocks } => self.copy_done(session, job, &blocks, actions),
             Event::PublishTried { session, job, won } => self.publish_tried(session, job, won, actions),
             Event::Tick => self.tick(now_ns, actions),
-            Event::Drain => self.draining = true,
+            Event::Drain => {
+                self.draining = true;
+                self.refuse_waits(actions);
+            }
+            Event::SsdFound { records } => self.ssd_found(records, actions),
+            Event::SsdPutEnded { token, ending } => self.put_ended(token, ending, actions),
+            Event::SsdGetEnded { token, ending } => self.get_ended(token, ending, now_ns, actions),
+            Event::SsdDropped { key } => self.ssd_dropped(&key, actions),
         }
-        if self.draining && self.jobs.is_empty() && !self.drained {
+        if self.ssd.is_some() {
+            self.pump_ssd(now_ns, actions);
+            self.grant_settled(now_ns, actions);
+        }
+        let is_idle = self.jobs.is_empty() && self.ssd.as_ref().is_none_or(Ssd::is_idle);
+        if self.draining && is_idle && !self.drained {
             self.drained = true;
             actions.push(Action::Drained);
         }
@@ -214,12 +269,17 @@ impl Core {
 
     /// Counters and gauges.
     pub fn counters(&self) -> Counters {
+        let (ssd_records, ssd_hidden) = self.ssd.as_ref().map_or((0, 0), Ssd::counts);
+        let waiting = self.ssd.as_ref().map_or(0, |ssd| ssd.offers.len() + ssd.puts.len());
         Counters {
             records: self.store.len() as u64,
             record_bytes: self.store.used_bytes,
             pinned_bytes: self.store.pinned_bytes,
             leases: self.leases.len() as u64,
             jobs: self.jobs.len() as u64,
+            ssd_records: ssd_records as u64,
+            ssd_records_hidden: ssd_hidden as u64,
+            ssd_writes_waiting: waiting as u64,
             ..self.counters.clone()
         }
     }
@@ -257,6 +317,7 @@ impl Core {
     fn detach(&mut self, id: SessionId, actions: &mut Vec<Action>) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.detached = true;
+        self.forget_waits(id);
         self.leases.session_ended(id, &mut self.store);
         for ((owner, job), running) in &mut self.jobs {
             if *owner == id {
@@ -318,73 +379,9 @@ impl Core {
         actions.push(Action::NamespaceOpened { session, request, id });
     }
 
-    fn lease(
-        &mut self,
-        id: SessionId,
-        request: u64,
-        space: NamespaceId,
-        hashes: &[[u8; 32]],
-        now_ns: u64,
-        actions: &mut Vec<Action>,
-    ) {
-        let none = Action::Leased { session: id, request, lease: LeaseId([0; 16]), blocks: 0 };
-        let Some(session) = self.sessions.get(&id) else { return };
-        let known = self.spaces.get(&space).is_some_and(|space| space.tenant == session.tenant.name);
-        if !known || hashes.len() > MAX_BLOCKS {
-            actions.push(none);
-            let text =
-                "expected a lease over at most 65536 blocks of a namespace that this session's tenant opened";
-            return self.protocol_error(id, text.to_owned(), actions);
-        }
-        self.counters.lease_blocks_asked += hashes.len() as u64;
-        if self.draining || self.leases.len() >= self.limits.leases_max {
-            self.counters.leases_refused += 1;
-            return actions.push(none);
-        }
-        let mut records = Vec::new();
-        let mut pinned = self.store.pinned_bytes;
-        for hash in hashes {
-            let key = BlockKey::new(&session.tenant.key, space, 0, hash);
-            let Some(record) = self.store.find(&key) else { break };
-            let Some(found) = self.store.get(record).filter(|found| found.state == State::Published) else {
-                break;
-            };
-            pinned += found.bytes;
-            if pinned > self.limits.pinned_bytes_max {
-                break;
-            }
-            records.push(record);
-        }
-        if records.is_empty() {
-            self.counters.leases_empty += 1;
-            return actions.push(none);
-        }
-        // Children first: a parent must never be older than its child.
-        for record in records.iter().rev() {
-            self.store.touch(*record);
-        }
-        let blocks = records.len() as u32;
-        self.counters.lease_blocks_hit += u64::from(blocks);
-        self.counters.leases_granted += 1;
-        let lease = Lease {
-            session: id,
-            engine: Arc::clone(&session.engine),
-            uid: session.uid,
-            tenant: Arc::clone(&session.tenant.name),
-            space,
-            records,
-            expires_ns: now_ns + self.limits.lease_ns,
-            jobs: 0,
-            released: false,
-        };
-        self.lease_count += 1;
-        let hash = blake3::keyed_hash(&self.limits.lease_seed, &self.lease_count.to_le_bytes());
-        let lease_id = LeaseId(*hash.as_bytes().first_chunk().expect("a hash has 32 bytes"));
-        self.leases.grant(lease_id, lease, &mut self.store);
-        actions.push(Action::Leased { session: id, request, lease: lease_id, blocks });
-    }
-
     fn tick(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        self.reveal(actions);
+        self.grant_overdue(now_ns, actions);
         self.counters.leases_expired += self.leases.expire(now_ns, &mut self.store);
         let late: Vec<JobKey> = self
             .jobs
@@ -409,6 +406,10 @@ impl Core {
     #[cfg(test)]
     pub(crate) fn check_invariants(&self) {
         self.store.check();
+        self.check_waits();
+        if let Some(ssd) = &self.ssd {
+            ssd.check();
+        }
         for (id, session) in &self.sessions {
             let jobs = self.jobs.keys().filter(|(owner, _)| owner == id).count();
             assert_eq!(jobs, session.jobs, "{id:?}");

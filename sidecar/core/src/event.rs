@@ -7,7 +7,13 @@ use pillion_shm::presence::IndexKey;
 use crate::{
     ids::{JobId, LeaseId, NamespaceId, SessionId},
     key::{Namespace, Tenant},
+    ssd::{GetEnding, PutEnding, SsdRecord},
 };
+
+/// Tier bit of the presence table: in the host pool.
+pub const TIER_HOST: u8 = 1;
+/// Tier bit of the presence table: on the SSD.
+pub const TIER_SSD: u8 = 2;
 
 /// Who attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,14 +29,54 @@ pub enum Role {
 /// What the daemon found out about a worker's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registration {
+    /// Blocks of the engine, which all groups share.
+    pub num_blocks: u64,
+    /// The engine's KV cache groups. Their index is this registration's own business.
+    pub groups: Vec<Group>,
+}
+
+/// One KV cache group of a worker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
     /// Identity without tenant and epoch.
     pub namespace: Namespace,
     /// Bytes of one stored block.
     pub record_bytes: u64,
-    /// Blocks of the engine.
-    pub num_blocks: u64,
     /// Canonical description of a record; only equal ones are exchanged.
     pub format: Arc<str>,
+}
+
+/// Part of a lease: the next hashes are consecutive blocks of one group, granted up to the first that is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LeaseRun {
+    /// The group's namespace.
+    pub space: NamespaceId,
+    /// How many hashes.
+    pub count: u32,
+}
+
+/// Part of a save: the next blocks are consecutive blocks of one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SaveRun {
+    /// The group's namespace.
+    pub space: NamespaceId,
+    /// Hash of the block before the first one, where there is one that it must not outlive.
+    pub parent: Option<[u8; 32]>,
+    /// How many blocks.
+    pub count: u32,
+}
+
+/// Part of a load: the next blocks are some of one run of the lease.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadRun {
+    /// Which run of the lease.
+    pub run: u32,
+    /// Its first block that is loaded.
+    pub first: u32,
+    /// The run's namespace: compared again.
+    pub space: NamespaceId,
+    /// How many blocks.
+    pub count: u32,
 }
 
 /// Which way bytes go.
@@ -45,6 +91,8 @@ pub enum Direction {
 /// One block of a copy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CopyItem {
+    /// Index of the block's group in the worker's registration.
+    pub group: u16,
     /// The engine's block id.
     pub block: u64,
     /// Offset in the pool.
@@ -125,15 +173,15 @@ pub enum Event {
         /// Echoed in the answer.
         request: u64,
     },
-    /// A scheduler asks for a lease of the leading blocks.
+    /// A scheduler asks for a lease of the leading blocks of every run.
     Lease {
         /// Who.
         session: SessionId,
         /// Echoed in the answer.
         request: u64,
-        /// Where.
-        space: NamespaceId,
-        /// The prompt's block hashes, in order.
+        /// Which groups, and how the hashes divide between them.
+        runs: Vec<LeaseRun>,
+        /// Block hashes, run after run, in the prompt's order.
         hashes: Vec<[u8; 32]>,
     },
     /// Keeps a lease for another term.
@@ -156,11 +204,9 @@ pub enum Event {
         session: SessionId,
         /// Job id.
         job: JobId,
-        /// Where.
-        space: NamespaceId,
-        /// Hash of the block before the first one.
-        parent: Option<[u8; 32]>,
-        /// Hashes, in order.
+        /// Which groups, and how the blocks divide between them.
+        runs: Vec<SaveRun>,
+        /// Hashes, run after run, in the prompt's order.
         hashes: Vec<[u8; 32]>,
         /// The engine's blocks, one per hash.
         blocks: Vec<u32>,
@@ -181,11 +227,9 @@ pub enum Event {
         job: JobId,
         /// The lease that its scheduler was granted.
         lease: LeaseId,
-        /// Index in the lease of the first block.
-        first: u32,
-        /// Where.
-        space: NamespaceId,
-        /// Hashes, in order: compared again.
+        /// Which parts of the lease, and how the blocks divide between them.
+        runs: Vec<LoadRun>,
+        /// Hashes, run after run: compared again.
         hashes: Vec<[u8; 32]>,
         /// The engine's blocks, one per hash.
         blocks: Vec<u32>,
@@ -219,6 +263,30 @@ pub enum Event {
         /// Whether the word was won.
         won: bool,
     },
+    /// Records that recovery found on the SSD.
+    SsdFound {
+        /// Those.
+        records: Vec<SsdRecord>,
+    },
+    /// The end of an [`Action::SsdPut`].
+    SsdPutEnded {
+        /// The action's.
+        token: u64,
+        /// How.
+        ending: PutEnding,
+    },
+    /// The end of an [`Action::SsdGet`]; nothing of it touches the pool any more.
+    SsdGetEnded {
+        /// The action's.
+        token: u64,
+        /// How.
+        ending: GetEnding,
+    },
+    /// A record is not on the SSD any more.
+    SsdDropped {
+        /// Its key's bytes.
+        key: [u8; 32],
+    },
     /// Time passes.
     Tick,
     /// Stop taking work.
@@ -237,7 +305,7 @@ pub enum Action {
         /// The id.
         id: NamespaceId,
     },
-    /// Answer to [`Event::Lease`]; `blocks` 0 comes without a lease.
+    /// Answer to [`Event::Lease`]; where no block was granted it comes without a lease.
     Leased {
         /// To whom.
         session: SessionId,
@@ -245,8 +313,8 @@ pub enum Action {
         request: u64,
         /// The lease.
         lease: LeaseId,
-        /// Leading blocks that it covers.
-        blocks: u32,
+        /// Leading blocks of each run that it covers.
+        blocks: Vec<u32>,
     },
     /// Copy these blocks and answer with [`Event::CopyDone`].
     Copy {
@@ -299,12 +367,14 @@ pub enum Action {
         /// Blocks loaded or newly stored.
         blocks: u32,
     },
-    /// A block can be found from now on.
+    /// A block can be found from now on, or lies elsewhere.
     TableSet {
         /// In whose table.
         tenant: Arc<str>,
         /// Its key.
         key: IndexKey,
+        /// [`TIER_HOST`], [`TIER_SSD`] or both.
+        tiers: u8,
     },
     /// A block is gone.
     TableRemove {
@@ -312,6 +382,28 @@ pub enum Action {
         tenant: Arc<str>,
         /// Its key.
         key: IndexKey,
+    },
+    /// Write a record to the SSD from where it lies in the pool, and answer with [`Event::SsdPutEnded`].
+    SsdPut {
+        /// Names it.
+        token: u64,
+        /// What it is.
+        record: Box<SsdRecord>,
+        /// Where it lies in the pool.
+        offset: u64,
+        /// Whether it is to be on stable storage when it has ended.
+        durable: bool,
+    },
+    /// Read a record from the SSD into the pool, and answer with [`Event::SsdGetEnded`].
+    SsdGet {
+        /// Names it.
+        token: u64,
+        /// The key's bytes.
+        key: [u8; 32],
+        /// Where it is to lie in the pool; what it lacks to whole sectors may be written, too.
+        offset: u64,
+        /// Its length.
+        bytes: u64,
     },
     /// No copy of this session runs any more and none will: its memory may be unmapped.
     SessionEnded {

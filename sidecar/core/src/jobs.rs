@@ -23,6 +23,10 @@ pub(crate) struct Job {
     pub(crate) registration: u64,
     /// Checksums of a finished save, waiting for its word.
     pub(crate) checksums: Vec<u64>,
+    /// Writes to stable storage that its acknowledgement waits for, and whether one has failed.
+    pub(crate) writes_left: usize,
+    /// See `writes_left`.
+    pub(crate) writes_failed: bool,
 }
 
 impl Job {
@@ -39,6 +43,8 @@ impl Job {
             cancelled: false,
             registration: 0,
             checksums: Vec::new(),
+            writes_left: 0,
+            writes_failed: false,
         }
     }
 }

@@ -4,7 +4,7 @@
 //! leaves the sidecar: shims send the engine's block hashes, and what they become
 //! here depends on the tenant that the attachment was granted.
 
-use std::{fmt, sync::Arc};
+use std::{borrow::Borrow, fmt, sync::Arc};
 
 use crate::ids::NamespaceId;
 
@@ -81,7 +81,7 @@ impl Namespace {
 pub struct BlockKey([u8; 32]);
 
 impl BlockKey {
-    /// The only way to a key. `hash` is the engine's hash of the whole prefix up to the block's end.
+    /// The only way to a key, but for those below. `hash` is the engine's hash of the whole prefix up to the block's end.
     pub fn new(tenant: &TenantKey, space: NamespaceId, group: u32, hash: &[u8; 32]) -> Self {
         // One BLAKE3 block: 64 bytes.
         let mut input = [0u8; 52];
@@ -89,6 +89,24 @@ impl BlockKey {
         input[16..20].copy_from_slice(&group.to_le_bytes());
         input[20..].copy_from_slice(hash);
         Self(*blake3::keyed_hash(&tenant.0, &input).as_bytes())
+    }
+
+    /// For the SSD, where a record keeps its key.
+    pub(crate) fn bytes(&self) -> [u8; 32] {
+        self.0
+    }
+
+    /// The parent of a record that was found on the SSD and whose own key was proved. Nothing is looked up by it: it
+    /// only says what is evicted after what.
+    pub(crate) fn parent_of_proved(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+}
+
+impl Borrow<[u8; 32]> for BlockKey {
+    /// Hash and order are those of the bytes.
+    fn borrow(&self) -> &[u8; 32] {
+        &self.0
     }
 }
 

@@ -7,6 +7,15 @@ use crate::{
     store::{RecordId, Store},
 };
 
+/// The records that were granted of one run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Granted {
+    pub(crate) space: NamespaceId,
+    /// Where they begin among the lease's records.
+    pub(crate) start: u32,
+    pub(crate) count: u32,
+}
+
 #[derive(Debug)]
 pub(crate) struct Lease {
     pub(crate) session: SessionId,
@@ -14,12 +23,21 @@ pub(crate) struct Lease {
     pub(crate) engine: Arc<str>,
     pub(crate) uid: u32,
     pub(crate) tenant: Arc<str>,
-    pub(crate) space: NamespaceId,
+    pub(crate) runs: Vec<Granted>,
     pub(crate) records: Vec<RecordId>,
     pub(crate) expires_ns: u64,
     pub(crate) jobs: u32,
     /// Its owner is done with it, or gone: it ends with its last job.
     pub(crate) released: bool,
+}
+
+impl Lease {
+    /// Blocks `first..first + count` of a run, if all of them were granted in this namespace.
+    pub(crate) fn part(&self, run: u32, first: u32, count: u32, space: NamespaceId) -> Option<&[RecordId]> {
+        let granted = self.runs.get(run as usize).filter(|granted| granted.space == space)?;
+        let records = self.records.get(granted.start as usize..)?.get(..granted.count as usize)?;
+        records.get(first as usize..)?.get(..count as usize)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -40,11 +58,8 @@ impl Leases {
         self.leases.get_mut(&id)
     }
 
-    /// Pins the records and remembers why.
-    pub(crate) fn grant(&mut self, id: LeaseId, lease: Lease, store: &mut Store) {
-        for record in &lease.records {
-            store.pin(*record);
-        }
+    /// The records are pinned, and stay so until the lease ends.
+    pub(crate) fn grant(&mut self, id: LeaseId, lease: Lease) {
         self.leases.insert(id, lease);
     }
 

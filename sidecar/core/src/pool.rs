@@ -9,6 +9,8 @@ use std::collections::{BTreeSet, HashMap};
 /// The unit in which slabs take memory from the pool.
 pub const CHUNK_BYTES: u64 = 2 << 20;
 const SLAB_CHUNKS_MAX: u64 = 64;
+/// The unit of direct I/O. Shorter records do not go to an SSD.
+pub(crate) const SECTOR: u64 = 4096;
 
 /// A place of one record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -34,20 +36,24 @@ pub(crate) struct Pool {
     slabs: Vec<Option<Slab>>,
     /// Per stride, the slabs that have a free slot.
     open: HashMap<u64, BTreeSet<u32>>,
+    /// Records of at least a sector lie on sectors, whatever that costs.
+    sectors: bool,
 }
 
 impl Pool {
-    pub(crate) fn new(bytes: u64) -> Self {
-        Self { taken: vec![false; (bytes / CHUNK_BYTES) as usize], slabs: Vec::new(), open: HashMap::new() }
+    pub(crate) fn new(bytes: u64, sectors: bool) -> Self {
+        let taken = vec![false; (bytes / CHUNK_BYTES) as usize];
+        Self { taken, slabs: Vec::new(), open: HashMap::new(), sectors }
     }
 
     /// Whether a record of this size could ever be stored.
     pub(crate) fn fits(&self, record_bytes: u64) -> bool {
-        record_bytes > 0 && stride(record_bytes).div_ceil(CHUNK_BYTES) <= self.taken.len() as u64
+        record_bytes > 0
+            && stride(record_bytes, self.sectors).div_ceil(CHUNK_BYTES) <= self.taken.len() as u64
     }
 
     pub(crate) fn allocate(&mut self, record_bytes: u64) -> Option<Extent> {
-        let stride = stride(record_bytes);
+        let stride = stride(record_bytes, self.sectors);
         if let Some(slab) = self.open.get(&stride).and_then(|open| open.first().copied()) {
             return Some(self.take_slot(slab, stride));
         }
@@ -122,9 +128,11 @@ impl Pool {
     }
 }
 
-/// Records lie 4 KiB aligned where that costs little (O_DIRECT and DMA like it), else by cache line.
-fn stride(record_bytes: u64) -> u64 {
-    record_bytes.next_multiple_of(if record_bytes >= 64 << 10 { 4096 } else { 64 })
+/// Records lie 4 KiB aligned where that costs little (DMA likes it) or an SSD takes them (O_DIRECT asks for it), else
+/// by cache line.
+fn stride(record_bytes: u64, sectors: bool) -> u64 {
+    let least = if sectors { SECTOR } else { 64 << 10 };
+    record_bytes.next_multiple_of(if record_bytes >= least { SECTOR } else { 64 })
 }
 
 fn slab_chunks(stride: u64) -> u64 {
@@ -145,14 +153,17 @@ mod tests {
         fn records_never_overlap_and_everything_comes_back(
             sizes in proptest::collection::vec(1u64..5 << 20, 1..4),
             steps in proptest::collection::vec((0usize..4, any::<bool>(), any::<u16>()), 1..200),
+            sectors in any::<bool>(),
         ) {
-            let mut pool = Pool::new(64 << 20);
+            let mut pool = Pool::new(64 << 20, sectors);
             let mut live: Vec<(Extent, u64)> = Vec::new();
             for (size, grow, pick) in steps {
                 let bytes = sizes[size % sizes.len()];
                 if grow {
                     if let Some(extent) = pool.allocate(bytes) {
                         let start = pool.offset(extent);
+                        prop_assert!(!sectors || bytes < SECTOR || start.is_multiple_of(SECTOR));
+                        let bytes = if sectors && bytes >= SECTOR { bytes.next_multiple_of(SECTOR) } else { bytes };
                         prop_assert!(start + bytes <= 64 << 20);
                         for (other, length) in &live {
                             let begin = pool.offset(*other);
@@ -175,7 +186,7 @@ mod tests {
     #[test]
     fn waste_is_small_for_the_sizes_of_the_field() {
         for record in [131_072u64, 73_728, 50_432, 1_835_008, 2 << 20, 14 << 20, 656 * 64] {
-            let stride = stride(record);
+            let stride = stride(record, false);
             let chunks = slab_chunks(stride);
             let used = chunks * CHUNK_BYTES / stride * record;
             let share = 1.0 - used as f64 / (chunks * CHUNK_BYTES) as f64;
@@ -185,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_pool_is_filled_to_the_last_record() {
-        let mut pool = Pool::new(8 << 20);
+        let mut pool = Pool::new(8 << 20, false);
         assert_eq!((0..).map_while(|_| pool.allocate(2 << 20)).count(), 4);
         assert!(pool.allocate(64).is_none());
         assert!(!pool.fits(9 << 20));

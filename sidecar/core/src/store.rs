@@ -9,6 +9,7 @@ use std::{
 use pillion_shm::presence::IndexKey;
 
 use crate::{
+    ids::NamespaceId,
     key::BlockKey,
     pool::{Extent, Pool},
 };
@@ -31,17 +32,35 @@ pub(crate) enum State {
 pub(crate) struct Record {
     pub(crate) key: BlockKey,
     pub(crate) index: IndexKey,
+    pub(crate) space: NamespaceId,
+    pub(crate) hash: [u8; 32],
     pub(crate) tenant: Arc<str>,
     pub(crate) format: Arc<str>,
     pub(crate) bytes: u64,
     pub(crate) checksum: u64,
     pub(crate) state: State,
     extent: Extent,
-    parent: Option<BlockKey>,
+    pub(crate) parent: Option<BlockKey>,
     pins: u32,
-    touch: u64,
-    /// Its entry in `evictable`, if it has one.
-    queued: Option<u64>,
+    /// Leases that found it. That it was written, or came once more with a save, is no use.
+    uses: u32,
+    due: Due,
+    /// Whether it is among `evictable`.
+    queued: bool,
+}
+
+/// Which record goes first: the one whose bought time is over first; among equals the least recently touched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Due {
+    at: u64,
+    touched: u64,
+}
+
+impl Record {
+    /// Whether a lease keeps it where it is.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.pins > 0
+    }
 }
 
 /// A key is already uniform: eight bytes of it are its hash.
@@ -60,13 +79,16 @@ impl Hasher for KeyHasher {
     fn write_usize(&mut self, _: usize) {}
 }
 
-type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
+pub(crate) type KeyMap<V> = HashMap<BlockKey, V, BuildHasherDefault<KeyHasher>>;
 
 /// What a new record needs.
 #[derive(Debug, Clone)]
 pub(crate) struct NewRecord {
     pub(crate) key: BlockKey,
     pub(crate) index: IndexKey,
+    pub(crate) space: NamespaceId,
+    /// The engine's.
+    pub(crate) hash: [u8; 32],
     pub(crate) tenant: Arc<str>,
     pub(crate) format: Arc<str>,
     pub(crate) bytes: u64,
@@ -81,23 +103,32 @@ pub(crate) struct Store {
     by_key: KeyMap<RecordId>,
     /// Records (written or being written) whose parent is this key.
     children: KeyMap<u32>,
-    /// Published, unpinned leaves by age: what may go, oldest first.
-    evictable: BTreeSet<(u64, RecordId)>,
+    /// Published, unpinned leaves: what may go, in that order.
+    evictable: BTreeSet<(Due, RecordId)>,
+    /// Counts the KiB of the records that were written or found: so it goes on by the pool's length while all of
+    /// the pool is touched once, whatever the records' sizes. It lasts for a century at 4 TiB/s.
     clock: u64,
+    pool_kib: u64,
     pub(crate) used_bytes: u64,
     pub(crate) pinned_bytes: u64,
 }
 
+fn kib(bytes: u64) -> u64 {
+    bytes >> 10
+}
+
 impl Store {
-    pub(crate) fn new(pool_bytes: u64) -> Self {
+    /// `sectors`: records that an SSD takes, too, lie on its sectors.
+    pub(crate) fn new(pool_bytes: u64, sectors: bool) -> Self {
         Self {
-            pool: Pool::new(pool_bytes),
+            pool: Pool::new(pool_bytes, sectors),
             arena: Vec::new(),
             vacant: Vec::new(),
             by_key: KeyMap::default(),
             children: KeyMap::default(),
             evictable: BTreeSet::new(),
             clock: 0,
+            pool_kib: kib(pool_bytes),
             used_bytes: 0,
             pinned_bytes: 0,
         }
@@ -133,7 +164,7 @@ impl Store {
             if let Some(extent) = self.pool.allocate(new.bytes) {
                 break extent;
             }
-            match self.evict_oldest() {
+            match self.evict_first() {
                 Some(record) => evicted.push(record),
                 None => {
                     self.remove_child(new.parent.as_ref());
@@ -141,10 +172,12 @@ impl Store {
                 }
             }
         };
-        self.clock += 1;
+        let due = self.due(new.bytes, 0);
         let record = Record {
             key: new.key,
             index: new.index,
+            space: new.space,
+            hash: new.hash,
             tenant: new.tenant,
             format: new.format,
             bytes: new.bytes,
@@ -153,8 +186,9 @@ impl Store {
             extent,
             parent: new.parent,
             pins: 0,
-            touch: self.clock,
-            queued: None,
+            uses: 0,
+            due,
+            queued: false,
         };
         self.used_bytes += record.bytes;
         let id = match self.vacant.pop() {
@@ -171,7 +205,7 @@ impl Store {
         Some(id)
     }
 
-    fn evict_oldest(&mut self) -> Option<Record> {
+    fn evict_first(&mut self) -> Option<Record> {
         let (_, id) = *self.evictable.first()?;
         self.remove(id)
     }
@@ -179,8 +213,8 @@ impl Store {
     /// Takes a record out whatever its state, and frees its bytes.
     fn remove(&mut self, id: RecordId) -> Option<Record> {
         let record = self.arena.get_mut(id.0 as usize)?.take()?;
-        if let Some(touch) = record.queued {
-            self.evictable.remove(&(touch, id));
+        if record.queued {
+            self.evictable.remove(&(record.due, id));
         }
         if self.by_key.get(&record.key) == Some(&id) {
             self.by_key.remove(&record.key);
@@ -208,25 +242,49 @@ impl Store {
     }
 
     /// Takes a record out of the index at once; its bytes go with the last pin.
-    pub(crate) fn retire(&mut self, id: RecordId) -> Option<(Arc<str>, IndexKey)> {
+    pub(crate) fn retire(&mut self, id: RecordId) -> Option<(BlockKey, Arc<str>, IndexKey)> {
         let record = self.arena.get_mut(id.0 as usize)?.as_mut()?;
         if record.state != State::Published {
             return None;
         }
         record.state = State::Retired;
-        let (key, gone) = (record.key, (Arc::clone(&record.tenant), record.index));
+        let (key, gone) = (record.key, (record.key, Arc::clone(&record.tenant), record.index));
         self.by_key.remove(&key);
         self.requeue(id);
         self.drop_if_unused(id);
         Some(gone)
     }
 
+    /// A lease found the record.
     pub(crate) fn touch(&mut self, id: RecordId) {
-        self.clock += 1;
-        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
-            record.touch = self.clock;
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        record.uses = record.uses.saturating_add(1);
+        let (bytes, uses) = (record.bytes, record.uses);
+        let due = self.due(bytes, uses);
+        self.set_due(id, due);
+    }
+
+    fn set_due(&mut self, id: RecordId, due: Due) {
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        // Its place among the evictable ones goes by what it was due before.
+        if std::mem::take(&mut record.queued) {
+            self.evictable.remove(&(record.due, id));
         }
+        record.due = due;
         self.requeue(id);
+    }
+
+    /// LRU in which hits buy time: with every doubling of uses + 1 a record stays for as long again as it takes to
+    /// touch the whole pool once. docs/decisions/008 says why.
+    fn due(&mut self, bytes: u64, uses: u32) -> Due {
+        self.clock += kib(bytes).max(1);
+        let bought = self.pool_kib as f64 * (f64::from(uses) + 1.0).log2();
+        Due { at: self.clock + bought as u64, touched: self.clock }
+    }
+
+    /// The first to go, until it is touched.
+    pub(crate) fn age(&mut self, id: RecordId) {
+        self.set_due(id, Due { at: 0, touched: 0 });
     }
 
     pub(crate) fn pin(&mut self, id: RecordId) {
@@ -283,17 +341,15 @@ impl Store {
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
         let may_go =
             record.state == State::Published && record.pins == 0 && !self.children.contains_key(&record.key);
-        let place = may_go.then_some(record.touch);
-        if place == record.queued {
+        if may_go == record.queued {
             return;
         }
-        if let Some(touch) = record.queued {
-            self.evictable.remove(&(touch, id));
+        record.queued = may_go;
+        if may_go {
+            self.evictable.insert((record.due, id));
+        } else {
+            self.evictable.remove(&(record.due, id));
         }
-        if let Some(touch) = place {
-            self.evictable.insert((touch, id));
-        }
-        record.queued = place;
     }
 
     /// Checks what must always hold; for tests.
@@ -314,11 +370,15 @@ impl Store {
             let may_go = record.state == State::Published
                 && record.pins == 0
                 && !self.children.contains_key(&record.key);
-            assert_eq!(record.queued.is_some(), may_go, "{record:?}");
+            assert_eq!(record.queued, may_go, "{record:?}");
+            assert_eq!(self.evictable.contains(&(record.due, id)), may_go, "{record:?}");
         }
         assert_eq!((used, pinned), (self.used_bytes, self.pinned_bytes));
         assert_eq!(children.len(), self.children.len());
         assert!(children.iter().all(|(key, count)| self.children.get(key) == Some(count)));
-        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued.is_some()).count());
+        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued).count());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,6 +9,7 @@ mod error;
 mod file;
 mod keys;
 mod size;
+mod ssd;
 mod tenants;
 mod value;
 
@@ -19,6 +20,7 @@ use std::time::Duration;
 pub use error::{ConfigError, Origin, Problem};
 pub use keys::{KEYS, Key};
 pub use size::{ByteSize, PoolSize, SizeError};
+pub use ssd::SsdDirectory;
 pub use tenants::{BadTenantName, DEFAULT_TENANT, Denied, Tenant, TenantName, Tenants};
 pub use value::{DEVICE_BYTES_MAX, HttpListen, Kind};
 
@@ -40,6 +42,11 @@ pub struct Config {
     pub socket: Option<PathBuf>,
     pub host_pool: PoolSize,
     pub sidecars: u64,
+    pub ssd: Vec<SsdDirectory>,
+    pub ssd_cache_mode: String,
+    pub ssd_segment: ByteSize,
+    pub ssd_engine: String,
+    pub ssd_wait_ms: u64,
     pub lease_seconds: u64,
     pub heartbeat_ms: u64,
     pub table_stamp_ms: u64,
@@ -215,6 +222,11 @@ impl Default for Config {
             socket: None,
             host_pool: PoolSize::Percent(1),
             sidecars: 0,
+            ssd: Vec::new(),
+            ssd_cache_mode: String::new(),
+            ssd_segment: ByteSize(0),
+            ssd_engine: String::new(),
+            ssd_wait_ms: 0,
             lease_seconds: 0,
             heartbeat_ms: 0,
             table_stamp_ms: 0,

@@ -143,19 +143,28 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem) -> BlockOutcome {
     if task.cancelled.load(Ordering::Acquire) {
         return BlockOutcome::Skipped;
     }
-    let bytes = task.copier.record_bytes();
+    let bytes = match task.copier.record_bytes(item.group) {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            tracing::error!(job = ?task.job, "block not copied: {error}");
+            return BlockOutcome::Unreachable;
+        }
+    };
     let result = match task.direction {
         Direction::Save => {
             // SAFETY: the core has given this extent to this job alone: its record is being written and
             // found by nobody until the job's report has been taken in.
             let record = unsafe { shared.pool.record_mut(item.offset, bytes) };
-            record.map(|record| task.copier.save(item.block, record))
+            record.map(|record| task.copier.save(item.group, item.block, record))
         }
         Direction::Load => {
             // SAFETY: the record is published, so that nobody writes it, and pinned by the job's lease, so
             // that its extent is not given away before the job's report has been taken in.
             let record = unsafe { shared.pool.record(item.offset, bytes) };
-            record.map(|record| task.copier.load(item.block, record, item.checksum).map(|()| item.checksum))
+            record.map(|record| {
+                let loaded = task.copier.load(item.group, item.block, record, item.checksum);
+                loaded.map(|()| item.checksum)
+            })
         }
     };
     match result {

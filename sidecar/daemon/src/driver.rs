@@ -12,7 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_core::{Action, Core, Direction, Event, JobId, Outcome, Role, SessionId, Tenant};
+use pillion_core::{
+    Action, Core, Counters, Direction, Event, JobId, LeaseRun, Outcome, Role, SessionId, Tenant,
+};
 use pillion_cuda::{BlockCopier, Gpu};
 use pillion_protocol::{Message, frame, wire};
 use pillion_shm::{
@@ -22,13 +24,14 @@ use pillion_shm::{
     ring::{self, Completion, RingWriter},
     words::JobWords,
 };
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{mpsc::UnboundedSender, oneshot};
 
 use crate::{
     copier::{Copiers, CopyReport, CopyTask},
     lanes::{LaneTask, Lanes},
-    metrics::{self, CoreCounters, LabelValue, Metrics},
+    metrics::{self, CoreCounters, LabelValue, Metrics, SsdCounters},
     register::Registered,
+    ssd::{Recovered, Ssd, Told},
 };
 
 /// Completions that a worker's ring holds; more than one worker may have jobs.
@@ -86,7 +89,8 @@ pub struct View {
     pub since: Instant,
     pub layout: Option<String>,
     pub num_blocks: u64,
-    pub record_bytes: u64,
+    /// One per group.
+    pub record_bytes: Vec<u64>,
     pub canary: Option<&'static str>,
     pub refused: Option<String>,
 }
@@ -122,13 +126,6 @@ impl Mover {
         }
     }
 
-    fn record_bytes(&self) -> u64 {
-        match self {
-            Self::Host(copier) => copier.record_bytes(),
-            Self::Device { lanes, .. } => lanes.record_bytes(),
-        }
-    }
-
     fn waiting(&self) -> usize {
         match self {
             Self::Host(_) => 0,
@@ -147,6 +144,9 @@ pub struct Driver {
     /// nothing here has its memory any more.
     ending: HashMap<SessionId, Live>,
     copiers: Copiers,
+    ssd: Option<Ssd>,
+    /// Lease requests that were not answered yet, and when they came.
+    asked: HashMap<(SessionId, u64), Instant>,
     gpu: Option<Arc<Gpu>>,
     /// Shared with HTTP.
     pub metrics: Arc<Metrics>,
@@ -167,6 +167,7 @@ pub struct Driver {
 pub struct Parts {
     pub core: Core,
     pub copiers: Copiers,
+    pub ssd: Option<Ssd>,
     pub gpu: Option<Arc<Gpu>>,
     pub metrics: Arc<Metrics>,
     pub presence_slots: u64,
@@ -187,6 +188,8 @@ impl Driver {
             sessions: BTreeMap::new(),
             ending: HashMap::new(),
             copiers: parts.copiers,
+            ssd: parts.ssd,
+            asked: HashMap::new(),
             gpu: parts.gpu,
             metrics: parts.metrics,
             presence_slots: parts.presence_slots,
@@ -269,7 +272,7 @@ impl Driver {
             since: Instant::now(),
             layout: None,
             num_blocks: 0,
-            record_bytes: 0,
+            record_bytes: Vec::new(),
             canary: None,
             refused: None,
         };
@@ -380,19 +383,16 @@ impl Driver {
     /// A worker's memory can be moved from now on.
     pub fn registered(&mut self, session: SessionId, request: u64, registered: Registered) {
         let Registered { mover, registration, layout, canary } = registered;
+        let record_bytes: Vec<u64> = registration.groups.iter().map(|group| group.record_bytes).collect();
         if let Some(live) = self.sessions.get_mut(&session) {
             live.view.layout = Some(layout);
             live.view.num_blocks = registration.num_blocks;
-            live.view.record_bytes = registration.record_bytes;
+            live.view.record_bytes.clone_from(&record_bytes);
             live.view.canary = Some(canary);
             live.view.refused = None;
             live.mover = Some(mover);
         }
-        let answer = wire::Registered {
-            request,
-            record_bytes: registration.record_bytes,
-            format: registration.format.to_string(),
-        };
+        let answer = wire::Registered { request, record_bytes };
         self.apply(Event::Registered { session, registration });
         self.send(session, &Message::Registered(answer));
     }
@@ -409,6 +409,42 @@ impl Driver {
     /// Whether a client has let too much pile up.
     pub fn does_not_read(&self, session: SessionId) -> bool {
         self.sessions.get(&session).is_some_and(|live| live.unread.get() > UNREAD_BYTES_MAX)
+    }
+
+    /// A scheduler asks for a lease. The answer may have to wait for the SSD.
+    pub fn lease(
+        &mut self,
+        session: SessionId,
+        request: u64,
+        runs: Vec<LeaseRun>,
+        hashes: Vec<[u8; 32]>,
+        came: Instant,
+    ) {
+        self.asked.insert((session, request), came);
+        self.apply(Event::Lease { session, request, runs, hashes });
+    }
+
+    /// The SSD has been recovered.
+    pub fn ssd_recovered(&mut self, recovered: Recovered) {
+        let events = self.ssd.as_mut().map(|ssd| ssd.recovered(recovered)).unwrap_or_default();
+        events.into_iter().for_each(|event| self.apply(event));
+    }
+
+    /// The SSD's threads have something to say.
+    pub fn ssd_told(&mut self, told: Told) {
+        if let Some(event) = self.ssd.as_mut().and_then(|ssd| ssd.told(told)) {
+            self.apply(event);
+        }
+    }
+
+    /// The SSD, where there is one.
+    pub fn ssd(&self) -> Option<&Ssd> {
+        self.ssd.as_ref()
+    }
+
+    /// Seals what is open on the SSD; see [`Ssd::close`].
+    pub fn close_ssd(&mut self) -> Option<oneshot::Receiver<()>> {
+        self.ssd.as_mut().and_then(Ssd::close)
     }
 
     /// Tells the core and does what it wants.
@@ -435,6 +471,9 @@ impl Driver {
                 self.send(session, &Message::NamespaceOpened(opened));
             }
             Action::Leased { session, request, lease, blocks } => {
+                if let Some(begun) = self.asked.remove(&(session, request)) {
+                    self.metrics.lease_answered(begun.elapsed());
+                }
                 let leased = wire::Leased { request, lease: lease.0.to_vec(), blocks };
                 self.send(session, &Message::Leased(leased));
             }
@@ -455,10 +494,10 @@ impl Driver {
             Action::Complete { session, job, outcome, quiesced, blocks } => {
                 self.complete(session, job, outcome, quiesced, blocks);
             }
-            Action::TableSet { tenant, key } => {
+            Action::TableSet { tenant, key, tiers } => {
                 if let Some(table) = self.tables.get_mut(&tenant) {
                     // A key that finds both of its buckets full is left out: a miss, as decision 002 says.
-                    table.set(key, 1);
+                    table.set(key, tiers);
                 }
             }
             Action::TableRemove { tenant, key } => {
@@ -466,7 +505,14 @@ impl Driver {
                     table.remove(key);
                 }
             }
+            Action::SsdPut { token, record, offset, durable } => {
+                return self.ssd.as_mut().and_then(|ssd| ssd.put(token, record, offset, durable));
+            }
+            Action::SsdGet { token, key, offset, bytes } => {
+                return self.ssd.as_ref().and_then(|ssd| ssd.get(token, key, offset, bytes));
+            }
             Action::SessionEnded { session } => {
+                self.asked.retain(|(owner, _), _| *owner != session);
                 // Dropping it unmaps the engine's memory and closes the channel, which ends the connection.
                 if let Some(mut live) = self.sessions.remove(&session) {
                     live.leaving.extend(live.mover.take());
@@ -500,7 +546,8 @@ impl Driver {
         let Some(live) = self.sessions.get_mut(&session) else { return };
         let Some(mover) = &live.mover else { return };
         let cancelled = Arc::new(AtomicBool::new(false));
-        let bytes = items.len() as u64 * mover.record_bytes();
+        let of_item = |item: &pillion_core::CopyItem| live.view.record_bytes.get(usize::from(item.group));
+        let bytes = items.iter().filter_map(of_item).sum();
         let running = Running { cancelled: Arc::clone(&cancelled), begun: Instant::now(), direction, bytes };
         live.running.insert(job, running);
         match mover {
@@ -586,6 +633,30 @@ impl Driver {
         })
     }
 
+    fn ssd_counters(&self, core: &Counters) -> SsdCounters {
+        let view = self.ssd.as_ref().map(|ssd| ssd.view().1).unwrap_or_default();
+        SsdCounters {
+            records: core.ssd_records,
+            hidden_records: core.ssd_records_hidden,
+            used_bytes: view.shelves.iter().map(|shelf| shelf.used_bytes).sum(),
+            capacity_bytes: view.shelves.iter().map(|shelf| shelf.capacity_bytes).sum(),
+            writes_waiting: core.ssd_writes_waiting,
+            blocks_written: core.ssd_blocks_written,
+            bytes_written: core.ssd_bytes_written,
+            blocks_read: core.ssd_blocks_read,
+            bytes_read: core.ssd_bytes_read,
+            unwritten: core.ssd_not_written,
+            write_failures: core.ssd_writes_failed,
+            read_failures: core.ssd_reads_failed,
+            corrupt: core.ssd_corrupt,
+            dropped: core.ssd_dropped,
+            leases_waited: core.leases_waited,
+            leases_cut_short: core.leases_cut_short,
+            retired_segments: view.shelves.iter().map(|shelf| u64::from(shelf.retired)).sum(),
+            read_only_directories: view.shelves.iter().filter(|shelf| shelf.is_read_only).count() as u64,
+        }
+    }
+
     /// Totals and levels.
     pub fn counters(&self) -> CoreCounters {
         let core = self.core.counters();
@@ -632,6 +703,7 @@ impl Driver {
             deadline_misses: core.deadline_misses,
             protocol_errors: core.protocol_errors,
             worker_restarts: self.restarts,
+            ssd: self.ssd_counters(&core),
         }
     }
 }

@@ -42,7 +42,6 @@ pub struct Lanes {
     saves: mpsc::Sender<LaneTask>,
     waiting: Arc<AtomicUsize>,
     way: &'static str,
-    record_bytes: u64,
 }
 
 impl Lanes {
@@ -53,19 +52,18 @@ impl Lanes {
     pub fn start(
         gpu: &Arc<Gpu>,
         memory: DeviceMemory,
-        plan: BlockPlan,
+        plans: Vec<BlockPlan>,
         reports: &UnboundedSender<CopyReport>,
     ) -> Result<Self, String> {
         let way = memory.way();
-        let record_bytes = plan.record_bytes();
-        let (memory, plan) = (Arc::new(memory), Arc::new(plan));
+        let (memory, plans): (_, Arc<[BlockPlan]>) = (Arc::new(memory), plans.into());
         let waiting = Arc::new(AtomicUsize::new(0));
         let start = |direction: driver::Direction, name: &str| {
             let (tasks, taken) = mpsc::channel();
             let (ready, made) = mpsc::channel();
-            let (gpu, memory, plan) = (Arc::clone(gpu), Arc::clone(&memory), Arc::clone(&plan));
+            let (gpu, memory, plans) = (Arc::clone(gpu), Arc::clone(&memory), Arc::clone(&plans));
             let (reports, waiting) = (reports.clone(), Arc::clone(&waiting));
-            let body = move || match Lane::new(gpu, memory, plan, direction) {
+            let body = move || match Lane::new(gpu, memory, plans, direction) {
                 Ok(lane) => {
                     let _ = ready.send(Ok(()));
                     serve(lane, way, &taken, &reports, &waiting);
@@ -78,17 +76,12 @@ impl Lanes {
         };
         let loads = start(driver::Direction::In, "pillion-load")?;
         let saves = start(driver::Direction::Out, "pillion-save")?;
-        Ok(Self { loads, saves, waiting, way, record_bytes })
+        Ok(Self { loads, saves, waiting, way })
     }
 
     /// How the memory is reached.
     pub fn way(&self) -> &'static str {
         self.way
-    }
-
-    /// Bytes of one record.
-    pub fn record_bytes(&self) -> u64 {
-        self.record_bytes
     }
 
     /// Tasks that have not been begun.
@@ -124,8 +117,8 @@ fn serve(
             vec![Moved::Skipped; items.len()]
         } else {
             let item = |item: &CopyItem| {
-                let CopyItem { block, offset, checksum } = *item;
-                Item { block, offset, checksum }
+                let CopyItem { group, block, offset, checksum } = *item;
+                Item { group, block, offset, checksum }
             };
             let items: Vec<Item> = items.iter().map(item).collect();
             lane.run(&items, event, &cancelled)

@@ -21,6 +21,7 @@ pub mod report;
 pub mod secret;
 pub mod serve;
 pub mod session;
+pub mod ssd;
 pub mod status;
 pub mod supervisor;
 pub mod worker;

@@ -5,6 +5,7 @@
 //! that counting takes no lock and no look-up.
 
 mod labels;
+mod ssd;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,9 +18,13 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
-pub use labels::{Direction, LabelValue, LeaseOutcome, Lookup, Outcome, Path, Refusal, Role, Skip, Tier};
+pub use labels::{
+    Access, Direction, LabelValue, LeaseOutcome, Lookup, Outcome, Path, Refusal, Role, Skip, Tier, Waited,
+};
+pub use ssd::SsdCounters;
 
 use labels::{Labels, Metric, PerLabel, PerTwo, pair};
+use ssd::SsdMetrics;
 
 /// Upper bounds in seconds: 10 µs to 50 s in steps of 1, 2, 5.
 const SECONDS: [f64; 21] = [
@@ -121,6 +126,8 @@ pub struct CoreCounters {
     pub protocol_errors: u64,
     /// Times that the supervisor has restarted the worker.
     pub worker_restarts: u64,
+    /// The SSD's.
+    pub ssd: SsdCounters,
 }
 
 /// All metrics of one sidecar.
@@ -129,6 +136,7 @@ pub struct Metrics {
     registry: Registry,
     levels: Levels,
     totals: Totals,
+    ssd: SsdMetrics,
     job_seconds: PerTwo<Direction, Outcome, Histogram>,
     job_bytes: PerLabel<Direction, Histogram>,
     copy_seconds: PerTwo<Direction, Path, Histogram>,
@@ -139,9 +147,9 @@ pub struct Metrics {
 
 #[derive(Debug)]
 struct Levels {
-    records: Whole,
-    record_bytes: Whole,
-    pool_bytes: Whole,
+    records: PerLabel<Tier, Whole>,
+    used_bytes: PerLabel<Tier, Whole>,
+    capacity_bytes: PerLabel<Tier, Whole>,
     leased_bytes: Whole,
     leases: Whole,
     sessions: PerLabel<Role, Whole>,
@@ -160,8 +168,8 @@ struct Totals {
     blocks: PerLabel<Direction, Counter>,
     bytes: PerLabel<Direction, Counter>,
     skipped: PerLabel<Skip, Counter>,
-    evictions: Counter,
-    checksum_failures: Counter,
+    evictions: PerLabel<Tier, Counter>,
+    checksum_failures: PerLabel<Tier, Counter>,
     identity_mismatches: Counter,
     deadline_misses: Counter,
     protocol_errors: Counter,
@@ -181,6 +189,7 @@ impl Metrics {
         r.register_with_unit("generation_start_time", help, Unit::Seconds, start);
         let levels = Levels::new(r);
         let totals = Totals::new(r);
+        let ssd = SsdMetrics::new(r);
         let help = "From the job's arrival to its outcome";
         let job_seconds = PerTwo::register(r, "job", help, Some(Unit::Seconds), seconds);
         let help = "Bytes of the blocks that a job named";
@@ -199,6 +208,7 @@ impl Metrics {
             registry,
             levels,
             totals,
+            ssd,
             job_seconds,
             job_bytes,
             copy_seconds,
@@ -238,6 +248,7 @@ impl Metrics {
     pub fn set_core(&self, now: &CoreCounters) {
         self.levels.set(now);
         self.totals.set(now);
+        self.ssd.set(&now.ssd);
     }
 
     /// The OpenMetrics text; see [`crate::http::METRICS_TYPE`].
@@ -260,7 +271,12 @@ fn plain<M: Metric>(r: &mut Registry, name: &str, help: &str, unit: Option<Unit>
     metric
 }
 
-/// A metric of the host tier, the only one so far.
+/// A metric of each tier.
+fn tiers<M: Metric>(r: &mut Registry, name: &str, help: &str, unit: Option<Unit>) -> PerLabel<Tier, M> {
+    PerLabel::register(r, name, help, unit, M::default)
+}
+
+/// A metric of the host tier only.
 fn host<M: Metric>(r: &mut Registry, name: &str, help: &str, unit: Option<Unit>) -> M {
     let family = Family::<Labels, M>::default();
     labels::register(r, name, help, unit, family.clone());
@@ -271,9 +287,9 @@ impl Levels {
     fn new(r: &mut Registry) -> Self {
         let bytes = || Some(Unit::Bytes);
         Self {
-            records: host(r, "records", "Blocks stored", None),
-            record_bytes: host(r, "used", "Bytes that stored blocks take", bytes()),
-            pool_bytes: host(r, "capacity", "Bytes that the tier may take", bytes()),
+            records: tiers(r, "records", "Blocks stored", None),
+            used_bytes: tiers(r, "used", "Bytes that stored blocks take", bytes()),
+            capacity_bytes: tiers(r, "capacity", "Bytes that the tier may take", bytes()),
             leased_bytes: host(r, "leased", "Bytes that leases and jobs keep from eviction", bytes()),
             leases: plain(r, "leases", "Leases held by engines", None),
             sessions: PerLabel::register(r, "sessions", "Attached sessions", None, Gauge::default),
@@ -290,9 +306,12 @@ impl Levels {
     }
 
     fn set(&self, now: &CoreCounters) {
-        level(&self.records, now.records);
-        level(&self.record_bytes, now.record_bytes);
-        level(&self.pool_bytes, now.pool_bytes);
+        level(self.records.at(Tier::Host), now.records);
+        level(self.records.at(Tier::Ssd), now.ssd.records);
+        level(self.used_bytes.at(Tier::Host), now.record_bytes);
+        level(self.used_bytes.at(Tier::Ssd), now.ssd.used_bytes);
+        level(self.capacity_bytes.at(Tier::Host), now.pool_bytes);
+        level(self.capacity_bytes.at(Tier::Ssd), now.ssd.capacity_bytes);
         level(&self.leased_bytes, now.leased_bytes);
         level(&self.leases, now.leases);
         level(self.sessions.at(Role::Scheduler), now.scheduler_sessions);
@@ -332,8 +351,8 @@ impl Totals {
             blocks,
             bytes,
             skipped,
-            evictions: host(r, "evicted_blocks", "Blocks evicted to make room", None),
-            checksum_failures: host(
+            evictions: tiers(r, "evicted_blocks", "Blocks that had to go, most of them to make room", None),
+            checksum_failures: tiers(
                 r,
                 "checksum_failures",
                 "Stored blocks whose bytes had changed; they were dropped, not served",
@@ -378,8 +397,10 @@ impl Totals {
         store(self.bytes.at(Direction::Save), now.bytes_saved);
         store(self.skipped.at(Skip::Duplicate), now.blocks_deduplicated);
         store(self.skipped.at(Skip::NoRoom), now.blocks_without_room);
-        store(&self.evictions, now.evictions);
-        store(&self.checksum_failures, now.checksum_failures);
+        store(self.evictions.at(Tier::Host), now.evictions);
+        store(self.evictions.at(Tier::Ssd), now.ssd.dropped);
+        store(self.checksum_failures.at(Tier::Host), now.checksum_failures);
+        store(self.checksum_failures.at(Tier::Ssd), now.ssd.corrupt);
         store(&self.identity_mismatches, now.identity_mismatches);
         store(&self.deadline_misses, now.deadline_misses);
         store(&self.protocol_errors, now.protocol_errors);

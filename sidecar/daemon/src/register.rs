@@ -2,11 +2,17 @@
 
 use std::{os::fd::OwnedFd, sync::Arc};
 
-use pillion_core::{Registration, key::Namespace};
+use pillion_core::{Group, Registration, key::Namespace};
 use pillion_cuda::{
     BlockCopier, DeviceHandle, DeviceSource, EngineMemory, Gpu, MemfdMemory, ProcessMemory, driver,
 };
-use pillion_layouts::{BlockPlan, Layout, canary_check, plan, vllm};
+use pillion_layouts::{
+    BlockPlan, CheckedGroup, GROUPS_MAX, Worker,
+    vllm::{
+        KvCacheTensor,
+        groups::{Group as LayoutGroup, Pages},
+    },
+};
 use pillion_protocol::wire;
 use pillion_shm::{
     Access, Memfd, Seal,
@@ -47,46 +53,103 @@ pub struct Registered {
     pub canary: &'static str,
 }
 
-fn describe(message: &wire::Register) -> Option<vllm::KvCache> {
-    let columns = [
-        message.tensor_offsets.len(),
-        message.tensor_layer_strides.len(),
-        message.tensor_block_strides.len(),
-        message.tensor_layer_counts.len(),
-    ];
-    if columns.iter().any(|length| *length != message.tensor_sizes.len()) {
-        return None;
+/// The next `count` entries of a column; fails where there are fewer.
+fn next<'a, T>(column: &mut &'a [T], count: u32) -> Option<&'a [T]> {
+    let (next, rest) = column.split_at_checked(count as usize)?;
+    *column = rest;
+    Some(next)
+}
+
+/// The columns put together again: the worker's groups, and their namespaces.
+fn describe(message: &wire::Register) -> Result<(Worker, Vec<Namespace>), Refused> {
+    let malformed = |text: &str| Refused::new(wire::Reason::Malformed, text);
+    let groups = message.group_block_tokens.len();
+    if groups > GROUPS_MAX || [message.group_fields.len(), message.group_pages.len()] != [groups; 2] {
+        return Err(malformed(&format!(
+            "expected columns of at most {GROUPS_MAX} KV cache groups, got others"
+        )));
     }
-    let mut names = message.layer_names.iter();
-    let tensors = (0..message.tensor_sizes.len())
-        .map(|index| {
-            let count = message.tensor_layer_counts[index] as usize;
-            let layers: Vec<_> = names.by_ref().take(count).cloned().collect();
-            (layers.len() == count).then_some(vllm::KvCacheTensor {
-                size: message.tensor_sizes[index],
-                offset: message.tensor_offsets[index],
-                layer_stride: message.tensor_layer_strides[index],
-                block_stride: message.tensor_block_strides[index],
-                layers,
-            })
-        })
-        .collect::<Option<Vec<_>>>()?;
-    if names.next().is_some() {
-        return None;
+    let uneven = || malformed("expected columns of equal length that name every layer once, got others");
+    let (mut keys, mut values) = (message.keys.as_slice(), message.values.as_slice());
+    let mut namespaces = Vec::with_capacity(groups);
+    for count in &message.group_fields {
+        let fields = next(&mut keys, *count).zip(next(&mut values, *count));
+        let namespace = fields.and_then(|(keys, values)| namespace(keys, values)).ok_or_else(|| {
+            malformed("expected 1 to 256 namespace fields with different names for each group, got others")
+        })?;
+        if namespaces.contains(&namespace) {
+            let text = "expected a namespace of its own for each KV cache group, got one twice";
+            return Err(Refused::new(wire::Reason::Namespace, text));
+        }
+        namespaces.push(namespace);
     }
-    Some(vllm::KvCache {
+    if !keys.is_empty() || !values.is_empty() {
+        return Err(malformed("expected the namespaces' fields and no more, got others"));
+    }
+    let mut pages = pages(message)?.into_iter();
+    let group = |(block_tokens, count): (&u32, &u32)| {
+        let pages: Vec<Pages> = pages.by_ref().take(*count as usize).collect();
+        (pages.len() == *count as usize).then_some(LayoutGroup { block_tokens: *block_tokens, pages })
+    };
+    let columns = message.group_block_tokens.iter().zip(&message.group_pages);
+    let groups: Vec<LayoutGroup> = columns.map(group).collect::<Option<_>>().ok_or_else(uneven)?;
+    if pages.next().is_some() {
+        return Err(uneven());
+    }
+    let worker = Worker {
         order: message.layout.clone(),
         num_blocks: message.num_blocks,
-        block_tokens: message.block_tokens,
-        dtype: message.dtype.clone(),
-        kind: message.kind.clone(),
-        heads: message.heads,
-        states: message.states,
-        content_bytes: message.content_bytes,
-        page_bytes: message.page_bytes,
         memory_bytes: message.memory_bytes,
-        tensors,
-    })
+        rank: message.rank,
+        world: message.world,
+        groups,
+    };
+    Ok((worker, namespaces))
+}
+
+/// All groups' pages.
+fn pages(message: &wire::Register) -> Result<Vec<Pages>, Refused> {
+    let count = message.page_sizes.len();
+    let columns = [
+        message.page_offsets.len(),
+        message.page_layer_strides.len(),
+        message.page_block_strides.len(),
+        message.page_layers.len(),
+        message.page_heads.len(),
+        message.page_states.len(),
+        message.page_content_bytes.len(),
+        message.page_bytes.len(),
+        message.page_kernel_blocks.len(),
+        message.page_packings.len(),
+    ];
+    let uneven = || {
+        let text = "expected columns of equal length that name every layer once, got others";
+        Refused::new(wire::Reason::Malformed, text)
+    };
+    if columns.iter().any(|length| *length != count) {
+        return Err(uneven());
+    }
+    let mut names = message.layer_names.as_slice();
+    let mut out = Vec::with_capacity(count);
+    for index in 0..count {
+        let packing = message.page_packings[index].parse();
+        out.push(Pages {
+            tensor: KvCacheTensor {
+                size: message.page_sizes[index],
+                offset: message.page_offsets[index],
+                layer_stride: message.page_layer_strides[index],
+                block_stride: message.page_block_strides[index],
+                layers: next(&mut names, message.page_layers[index]).ok_or_else(uneven)?.to_vec(),
+            },
+            heads: message.page_heads[index],
+            states: message.page_states[index],
+            content_bytes: message.page_content_bytes[index],
+            page_bytes: message.page_bytes[index],
+            kernel_blocks: message.page_kernel_blocks[index],
+            packing: packing.map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?,
+        });
+    }
+    if names.is_empty() { Ok(out) } else { Err(uneven()) }
 }
 
 /// A namespace from its columns.
@@ -110,8 +173,6 @@ pub enum Begun {
 #[derive(Debug)]
 pub struct Import {
     source: DeviceSource,
-    plan: BlockPlan,
-    layout: Layout,
     checked: Checked,
     canary: Canary,
 }
@@ -120,11 +181,14 @@ pub struct Import {
 struct Checked {
     registration: Registration,
     order: String,
+    groups: Vec<CheckedGroup>,
 }
 
 /// What the client says of block 0.
 #[derive(Debug, Clone, Copy)]
 struct Canary {
+    /// Whose it is: the groups alias one pool.
+    group: usize,
     seed: u64,
     fresh: bool,
     checked: bool,
@@ -140,36 +204,49 @@ pub fn register(
     peer: Peer,
     gpu: Option<&Gpu>,
 ) -> Result<Begun, Refused> {
-    let malformed = |text: &str| Refused::new(wire::Reason::Malformed, text);
-    let cache = describe(message).ok_or_else(|| {
-        malformed("expected columns of equal length that name every layer once, got others")
-    })?;
-    let namespace = namespace(&message.keys, &message.values)
-        .ok_or_else(|| malformed("expected 1 to 256 namespace fields with different names, got others"))?;
-    let layout = vllm::layout(&cache).map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?;
-    let plan = plan(&layout).map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?;
-    let registration = Registration {
-        namespace,
-        record_bytes: layout.record_bytes(),
-        num_blocks: layout.num_blocks(),
-        format: layout.format().into(),
+    let (worker, namespaces) = describe(message)?;
+    let groups = worker.check().map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?;
+    let canary = Canary {
+        group: message.canary_group as usize,
+        seed: message.canary_seed,
+        fresh: message.canary_fresh,
+        checked: message.canary_checked,
     };
-    let checked = Checked { registration, order: message.layout.clone() };
-    let canary =
-        Canary { seed: message.canary_seed, fresh: message.canary_fresh, checked: message.canary_checked };
+    if canary.group >= groups.len() {
+        let text =
+            format!("expected the canary of a group below {}, got {}", groups.len(), message.canary_group);
+        return Err(Refused::new(wire::Reason::Malformed, text));
+    }
+    let of_core = |(group, namespace): (&CheckedGroup, Namespace)| Group {
+        namespace,
+        record_bytes: group.record_bytes(),
+        format: group.format().into(),
+    };
+    let registration = Registration {
+        num_blocks: message.num_blocks,
+        groups: groups.iter().zip(namespaces).map(of_core).collect(),
+    };
+    let checked = Checked { registration, order: message.layout.clone(), groups };
     if matches!(message.way, wire::Way::CudaIpc | wire::Way::CudaVmm) {
         let source = source(message, fd, peer, gpu)?;
-        return Ok(Begun::Device(Box::new(Import { source, plan, layout, checked, canary })));
+        return Ok(Begun::Device(Box::new(Import { source, checked, canary })));
     }
-    let copier = BlockCopier::new(host_memory(message, fd, peer)?, plan);
-    let mut record = vec![0; layout.record_bytes() as usize];
+    let copier = BlockCopier::new(host_memory(message, fd, peer)?, checked.plans());
+    let group = &checked.groups[canary.group];
+    let mut record = vec![0; group.record_bytes() as usize];
     // Read in any case: it proves that the memory can be reached.
-    copier.save(0, &mut record).map_err(|error| Refused::new(wire::Reason::Memory, error))?;
-    let canary = canary.compare(&layout, &record)?;
+    copier
+        .save(canary.group as u16, 0, &mut record)
+        .map_err(|error| Refused::new(wire::Reason::Memory, error))?;
+    let canary = canary.compare(group, &record)?;
     Ok(Begun::Host(checked.with(Mover::Host(copier), canary)))
 }
 
 impl Checked {
+    fn plans(&self) -> Vec<BlockPlan> {
+        self.groups.iter().map(|group| group.plan().clone()).collect()
+    }
+
     fn with(self, mover: Mover, canary: &'static str) -> Registered {
         Registered { mover, registration: self.registration, layout: self.order, canary }
     }
@@ -188,7 +265,7 @@ impl Import {
         reports: &UnboundedSender<CopyReport>,
         unmapped: impl FnOnce() + Send + Sync + 'static,
     ) -> Result<Registered, Refused> {
-        let Self { source, plan, layout, checked, canary } = self;
+        let Self { source, checked, canary } = self;
         let refused = |text: String| Refused::new(wire::Reason::Memory, text);
         let mut memory = match gpu.import(source) {
             Ok(memory) => memory,
@@ -198,10 +275,11 @@ impl Import {
             }
         };
         memory.when_closed(unmapped);
-        let mut record = vec![0; layout.record_bytes() as usize];
-        memory.read_block(&plan, 0, &mut record).map_err(|error| refused(error.to_string()))?;
-        let canary = canary.compare(&layout, &record)?;
-        let lanes = Lanes::start(gpu, memory, plan, reports).map_err(refused)?;
+        let group = &checked.groups[canary.group];
+        let mut record = vec![0; group.record_bytes() as usize];
+        memory.read_block(group.plan(), 0, &mut record).map_err(|error| refused(error.to_string()))?;
+        let canary = canary.compare(group, &record)?;
+        let lanes = Lanes::start(gpu, memory, checked.plans(), reports).map_err(refused)?;
         Ok(checked.with(Mover::Device { lanes, import }, canary))
     }
 }
@@ -275,8 +353,8 @@ fn host_memory(
 }
 
 impl Canary {
-    /// Block 0 by our own reading of the layout against what the engine's own indexing wrote there.
-    fn compare(self, layout: &Layout, record: &[u8]) -> Result<&'static str, Refused> {
+    /// Block 0 by our own reading of its group against what the engine's own indexing wrote there.
+    fn compare(self, group: &CheckedGroup, record: &[u8]) -> Result<&'static str, Refused> {
         if !self.fresh {
             return if self.checked {
                 Ok("compared earlier")
@@ -287,7 +365,7 @@ impl Canary {
                 ))
             };
         }
-        canary_check(self.seed, layout.shape(), record).map_err(|mismatch| {
+        group.canary_check(self.seed, record).map_err(|mismatch| {
             let text = format!(
                 "the engine's blocks are not where its declared layout puts them: {mismatch}; it runs uncached"
             );

@@ -1,11 +1,14 @@
 //! What `pillion status` is told, from the driver's state.
 
+use std::path::PathBuf;
+
 use pillion_core::Role;
+use pillion_ssd::tier::Started;
 
 use crate::{
     driver::{Driver, View},
     session::Shared,
-    status::{RegistrationStatus, SessionStatus, SidecarStatus, StatusReport},
+    status::{RegistrationStatus, SessionStatus, SidecarStatus, SsdDirectoryStatus, SsdStatus, StatusReport},
 };
 
 /// The report as JSON.
@@ -24,9 +27,34 @@ pub fn json(driver: &Driver, shared: &Shared) -> String {
             ..SidecarStatus::default()
         },
         sessions: driver.views().map(|(id, view, way, jobs)| session(id.0, view, way, jobs)).collect(),
+        ssd: ssd(driver, shared),
         ..StatusReport::default()
     };
     report.with_counters(&driver.counters()).to_json()
+}
+
+fn ssd(driver: &Driver, shared: &Shared) -> SsdStatus {
+    let Some((directories, view)) = driver.ssd().map(|ssd| ssd.view()) else { return SsdStatus::default() };
+    let directory = |(index, (path, started)): (usize, &(PathBuf, Option<Started>))| {
+        let shelf = view.shelves.get(index).copied().unwrap_or_default();
+        SsdDirectoryStatus {
+            path: path.display().to_string(),
+            engine: started.as_ref().map_or("", |how| how.engine).to_owned(),
+            refused: started.as_ref().and_then(|how| how.refused.clone()),
+            capacity_bytes: shelf.capacity_bytes,
+            used_bytes: shelf.used_bytes,
+            records: shelf.records,
+            segments: shelf.segments.into(),
+            segment_bytes: started.as_ref().map_or(0, |how| how.superblock.segment_bytes),
+            retired: shelf.retired.into(),
+            read_only: shelf.is_read_only,
+        }
+    };
+    SsdStatus {
+        mode: shared.config.ssd_cache_mode.clone(),
+        directories: directories.iter().enumerate().map(directory).collect(),
+        ..SsdStatus::default()
+    }
 }
 
 fn session(id: u64, view: &View, way: &str, jobs: usize) -> SessionStatus {
@@ -39,7 +67,7 @@ fn session(id: u64, view: &View, way: &str, jobs: usize) -> SessionStatus {
         path: way.to_owned(),
         layout: layout.clone(),
         blocks: view.num_blocks,
-        block_bytes: view.record_bytes,
+        block_bytes: view.record_bytes.clone(),
         canary: view.canary.unwrap_or_default().to_owned(),
     });
     SessionStatus {

@@ -9,8 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_core::{Event, JobId, LeaseId, NamespaceId, Role, SessionId, Tenant, TenantKey};
-use pillion_protocol::{Frames, MAJOR, MINOR, Message, frame, wire};
+use pillion_core::{
+    Event, JobId, LeaseId, LeaseRun, LoadRun, NamespaceId, Role, SaveRun, SessionId, Tenant, TenantKey,
+};
+use pillion_protocol::{Frames, MAJOR, MAX_RUNS, MINOR, Message, PARENT_BYTES, frame, wire};
 use pillion_shm::{
     clock,
     fds::{self, Received},
@@ -425,9 +427,9 @@ impl Connection {
             }
             Message::Lease(lease) => {
                 let (hashes, begun) = (hashes(&lease.hashes)?, Instant::now());
-                let space = space(&lease.space)?;
-                driver.apply(Event::Lease { session, request: lease.request, space, hashes });
-                driver.metrics.lease_answered(begun.elapsed());
+                let runs = runs(&lease.spaces, &lease.counts)?;
+                let runs = runs.map(|(space, count)| LeaseRun { space, count }).collect();
+                driver.lease(session, lease.request, runs, hashes, begun);
                 return Ok(());
             }
             Message::Renew(renew) => Event::Renew { session, lease: self::lease(&renew.lease)? },
@@ -435,16 +437,7 @@ impl Connection {
             Message::Save(save) => Event::Save {
                 session,
                 job: job(&save.job)?,
-                space: space(&save.space)?,
-                parent: match save.parent.len() {
-                    0 => None,
-                    _ => Some(
-                        save.parent
-                            .as_slice()
-                            .try_into()
-                            .map_err(|_| "expected a parent hash of 0 or 32 bytes")?,
-                    ),
-                },
+                runs: save_runs(&save)?,
                 hashes: hashes(&save.hashes)?,
                 blocks: save.blocks,
                 word: save.word,
@@ -456,8 +449,7 @@ impl Connection {
                 session,
                 job: job(&load.job)?,
                 lease: self::lease(&load.lease)?,
-                first: load.first,
-                space: space(&load.space)?,
+                runs: load_runs(&load)?,
                 hashes: hashes(&load.hashes)?,
                 blocks: load.blocks,
                 deadline_ns: deadline(load.deadline_ms),
@@ -533,7 +525,7 @@ fn registered_or_refused(
                 session = session.0,
                 layout = registered.layout,
                 blocks = registration.num_blocks,
-                record_bytes = registration.record_bytes,
+                record_bytes = ?registration.groups.iter().map(|group| group.record_bytes).collect::<Vec<_>>(),
                 way = registered.mover.way(),
                 canary = registered.canary,
                 "registered"
@@ -576,9 +568,57 @@ fn lease(bytes: &[u8]) -> Result<LeaseId, String> {
     LeaseId::from_slice(bytes).ok_or_else(|| format!("expected a lease id of 16 bytes, got {}", bytes.len()))
 }
 
-fn space(bytes: &[u8]) -> Result<NamespaceId, String> {
-    NamespaceId::from_slice(bytes)
-        .ok_or_else(|| format!("expected a namespace id of 16 bytes, got {}", bytes.len()))
+/// The columns that all runs have.
+fn runs<'a>(
+    spaces: &'a [u8],
+    counts: &'a [u32],
+) -> Result<impl ExactSizeIterator<Item = (NamespaceId, u32)> + 'a, String> {
+    let (ids, rest) = spaces.as_chunks::<16>();
+    if !rest.is_empty() || ids.len() != counts.len() || ids.len() > MAX_RUNS {
+        return Err(format!(
+            "expected at most {MAX_RUNS} runs with a namespace id of 16 bytes and a count each, got {} bytes and {} counts",
+            spaces.len(),
+            counts.len()
+        ));
+    }
+    Ok(ids.iter().zip(counts).map(|(id, count)| (NamespaceId(*id), *count)))
+}
+
+fn save_runs(save: &wire::Save) -> Result<Vec<SaveRun>, String> {
+    let runs = runs(&save.spaces, &save.counts)?;
+    let (parents, rest) = save.parents.as_chunks::<PARENT_BYTES>();
+    if !rest.is_empty() || parents.len() != runs.len() {
+        return Err(format!(
+            "expected a parent of {PARENT_BYTES} bytes for each of {} runs, got {} bytes",
+            runs.len(),
+            save.parents.len()
+        ));
+    }
+    let run = |((space, count), [has, hash @ ..]): ((NamespaceId, u32), &[u8; PARENT_BYTES])| {
+        let parent = (*has != 0).then_some(*hash);
+        SaveRun { space, parent, count }
+    };
+    Ok(runs.zip(parents).map(run).collect())
+}
+
+fn load_runs(load: &wire::Load) -> Result<Vec<LoadRun>, String> {
+    let runs = runs(&load.spaces, &load.counts)?;
+    if [load.runs.len(), load.firsts.len()] != [runs.len(); 2] {
+        return Err(format!(
+            "expected columns of {} runs, got {} and {}",
+            runs.len(),
+            load.runs.len(),
+            load.firsts.len()
+        ));
+    }
+    let places = load.runs.iter().zip(&load.firsts);
+    let run = |((space, count), (run, first)): ((NamespaceId, u32), (&u32, &u32))| LoadRun {
+        run: *run,
+        first: *first,
+        space,
+        count,
+    };
+    Ok(runs.zip(places).map(run).collect())
 }
 
 fn deadline(milliseconds: u32) -> u64 {

@@ -5,6 +5,7 @@
 //! empty, fields that we do not know are left out.
 
 mod print;
+mod ssd;
 
 use std::io;
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::metrics::CoreCounters;
 
 pub use print::print;
+pub use ssd::{SsdDirectoryStatus, SsdStatus};
 
 /// Refusals that a report keeps, newest last.
 pub const REFUSALS_MAX: usize = 16;
@@ -33,8 +35,10 @@ pub struct StatusReport {
     pub leases: LeaseStatus,
     /// Loads and saves.
     pub jobs: JobStatus,
-    /// Per tier, fastest first.
+    /// The tiers of blocks that engines load from: the host pool.
     pub tiers: Vec<TierStatus>,
+    /// The SSD behind it.
+    pub ssd: SsdStatus,
     /// What should never happen, counted since the start.
     pub faults: FaultStatus,
 }
@@ -115,8 +119,8 @@ pub struct RegistrationStatus {
     pub layout: String,
     /// Blocks of its KV cache.
     pub blocks: u64,
-    /// Bytes of one block.
-    pub block_bytes: u64,
+    /// Bytes of one block, by KV cache group.
+    pub block_bytes: Vec<u64>,
     /// How the layout was proved: "compared", or "presented" at a re-attachment.
     pub canary: String,
 }
@@ -265,6 +269,7 @@ impl StatusReport {
             blocks_without_room: now.blocks_without_room,
             blocks_evicted: now.evictions,
         }];
+        self.ssd.set(&now.ssd);
         self.faults = FaultStatus {
             checksum_failures: now.checksum_failures,
             identity_mismatches: now.identity_mismatches,

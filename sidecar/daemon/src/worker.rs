@@ -20,7 +20,7 @@ use tokio::{
     io::AsyncReadExt,
     net::{UnixListener, unix::pipe},
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     task::LocalSet,
     time::{MissedTickBehavior, interval},
 };
@@ -35,11 +35,14 @@ use crate::{
     places::{Machine, Places, open_private},
     report,
     secret::ClusterSecret,
-    session,
+    session, ssd,
 };
 
 /// How often the worker looks whether its socket is still there, beats, and updates metrics.
 const LOOK: Duration = Duration::from_millis(250);
+
+/// What the SSD has for sealing, however long the drain took.
+const SEAL_MIN: Duration = Duration::from_millis(500);
 
 /// A core that has not ticked for so long does not serve.
 const TICKING_NS: u64 = 1_000_000_000;
@@ -101,6 +104,11 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
     let watchdog = Watchdog::default();
     let device::Memory { pool, gpu } = prepare(&config, &watchdog).await?;
     let pool_bytes = pool.bytes();
+    let (tell, mut told) = mpsc::unbounded_channel();
+    let recovering = match config.ssd.is_empty() {
+        true => None,
+        false => Some(ssd::start(&config, &pool, tell)?),
+    };
     let metrics = Arc::new(Metrics::new(env!("CARGO_PKG_VERSION"), SystemTime::now()));
     let (reports, mut copied) = mpsc::unbounded_channel();
     let copiers =
@@ -116,11 +124,13 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         lease_ns: config.lease().as_nanos() as u64,
         lease_seed: random()?,
         generation,
+        ssd: config.ssd_limits(pool_bytes),
     });
     let presence_slots = config.presence_slots;
     let driver: SharedDriver = Rc::new(RefCell::new(Driver::new(Parts {
         core,
         copiers,
+        ssd: recovering.is_some().then(|| ssd::Ssd::starting(&config)),
         gpu,
         metrics: Arc::clone(&metrics),
         presence_slots,
@@ -149,6 +159,15 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         unmapped,
     });
     write_pid(&places.worker_pid())?;
+    if let Some(recovering) = recovering {
+        recover(&driver, recovering, &watchdog).await?;
+    }
+    let disk = Rc::clone(&driver);
+    tokio::task::spawn_local(async move {
+        while let Some(told) = told.recv().await {
+            disk.borrow_mut().ssd_told(told);
+        }
+    });
     let ready = Rc::clone(&driver);
     tokio::task::spawn_local(async move {
         while let Some(report) = copied.recv().await {
@@ -184,6 +203,40 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
     let _ = std::fs::remove_file(&places.socket);
     let _ = stop_http.send(());
     tracing::info!("stopped");
+    Ok(())
+}
+
+/// Waits for the SSD, so that the first engine finds what is there; but not for ever.
+async fn recover(
+    driver: &SharedDriver,
+    mut recovering: oneshot::Receiver<Result<ssd::Recovered>>,
+    watchdog: &Watchdog,
+) -> Result<()> {
+    const GONE: &str = "the recovery of the SSD ended without a result";
+    let begun = Instant::now();
+    while begun.elapsed() < ssd::RECOVERY_WAIT {
+        tokio::select! {
+            recovered = &mut recovering => {
+                driver.borrow_mut().ssd_recovered(recovered.context(GONE)??);
+                return Ok(());
+            }
+            () = tokio::time::sleep(LOOK) => {
+                beat();
+                end_if_stuck(watchdog);
+            }
+        }
+    }
+    tracing::warn!("the SSD is slow: serving without what is on it until it has been read");
+    let driver = Rc::clone(driver);
+    tokio::task::spawn_local(async move {
+        match recovering.await.context(GONE).flatten() {
+            Ok(recovered) => driver.borrow_mut().ssd_recovered(recovered),
+            Err(error) => {
+                tracing::error!("{error:#}");
+                std::process::exit(1);
+            }
+        }
+    });
     Ok(())
 }
 
@@ -333,6 +386,20 @@ async fn drain(driver: &SharedDriver, limit: Duration, watchdog: &Watchdog) {
     // Time for the last words.
     while driver.borrow().session_count() > 0 && begun.elapsed() < limit {
         tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    // What is sealed need not be scanned at the next start.
+    let sealing = driver.borrow_mut().close_ssd();
+    if let Some(sealing) = sealing {
+        let left = limit.saturating_sub(begun.elapsed()).max(SEAL_MIN);
+        let ended = async {
+            tokio::pin!(sealing);
+            while tokio::time::timeout(LOOK, &mut sealing).await.is_err() {
+                beat();
+            }
+        };
+        if tokio::time::timeout(left, ended).await.is_err() {
+            tracing::warn!("the SSD did not end in time: the next start reads its open segments");
+        }
     }
     tokio::time::sleep(Duration::from_millis(50)).await;
 }

@@ -52,7 +52,7 @@ fn measure(path: &Path, engine: Engine, bytes: u64) -> Result<[f64; 2], Box<dyn 
     let memory = Arc::new(unsafe { Memory::from_raw(base, DEPTH * RECORD, Arc::new(buffer)) });
     let (tell, told) = channel();
     let hooks =
-        Hooks { tell: Box::new(move |action| tell.send(action).unwrap_or(())), keep: Box::new(|_| false) };
+        Hooks { tell: Box::new(move |action| tell.send(action).unwrap_or(())), keep: Box::new(|_, _| false) };
     let directory = DirectoryConfig { path: path.to_owned(), capacity_bytes: bytes + 4 * SEGMENT };
     let config =
         Config { directories: vec![directory], segment_bytes: SEGMENT, limits: Limits::default(), engine };

@@ -3,7 +3,10 @@
 
 use std::{any::Any, fmt, ptr::NonNull, sync::Arc};
 
-use crate::{device::Part, format::SECTOR};
+use crate::{
+    device::Part,
+    format::{SECTOR, padded},
+};
 
 #[derive(Clone, Copy)]
 #[repr(C, align(4096))]
@@ -27,6 +30,11 @@ impl Aligned {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Leaves out what comes after so many bytes; these are rounded up to whole sectors.
+    pub(crate) fn truncate(&mut self, bytes: usize) {
+        self.0.truncate(bytes.div_ceil(SECTOR));
     }
 
     /// The bytes.
@@ -64,6 +72,18 @@ pub struct Extent {
     pub bytes: u64,
 }
 
+impl Extent {
+    /// With what it lacks to whole sectors.
+    pub(crate) fn padded(self) -> Self {
+        Self { bytes: padded(self.bytes), ..self }
+    }
+
+    /// Its whole sectors.
+    pub(crate) fn whole(self) -> Self {
+        Self { bytes: self.bytes / SECTOR as u64 * SECTOR as u64, ..self }
+    }
+}
+
 /// The host pool as this crate sees it: one mapping, addressed by extents.
 ///
 /// Whoever makes one vouches for the rule of all extents (see [`Memory::from_raw`]); with it everything else
@@ -84,8 +104,8 @@ impl Memory {
     ///
     /// # Safety
     /// The range is valid for reads and writes by any thread for as long as `keep` lives. An extent given to
-    /// a put is written by nobody, and one given to a get is touched by nobody else, until its outcome was
-    /// reported.
+    /// a put is written by nobody, and one given to a get, with what it lacks to whole sectors, is touched by
+    /// nobody else, until its outcome was reported.
     ///
     /// # Panics
     /// If it does not start on a page.
@@ -125,6 +145,23 @@ impl Memory {
         let at = self.address(extent)?;
         // SAFETY: inside the mapping; nobody writes the extent of an operation in flight (`from_raw`).
         Some(read(unsafe { std::slice::from_raw_parts(at, extent.bytes as usize) }))
+    }
+
+    /// What an extent has beyond its whole sectors, in a sector that ends with zeros; nothing if it has no more.
+    pub(crate) fn tail(&self, extent: Extent) -> Option<Aligned> {
+        let (whole, length) = (extent.whole().bytes, (extent.bytes % SECTOR as u64) as usize);
+        if length == 0 {
+            return Some(Aligned::zeroed(0));
+        }
+        let mut sector = Aligned::zeroed(SECTOR);
+        // The pool ends on a whole sector.
+        let last = Extent { offset: extent.offset + whole, bytes: SECTOR as u64 };
+        let at = self.address(last)?;
+        // SAFETY: inside the mapping; nobody writes the extent of a put in flight (`from_raw`), and not a byte
+        // beyond it is looked at.
+        let bytes = unsafe { std::slice::from_raw_parts(at, length) };
+        sector.bytes_mut()[..length].copy_from_slice(bytes);
+        Some(sector)
     }
 
     /// The bytes of an operation's parts, to be written to the disk.

@@ -6,6 +6,7 @@ use crate::{
     device::{Completion, Device, IoError, Op, Part, What},
     format::{
         Entry, Footer, OVERHEAD, RecordHeader, Refused, SECTOR, SegmentHeader, SegmentId, Trailer, checksum,
+        padded,
     },
     memory::Aligned,
 };
@@ -250,8 +251,9 @@ fn payload_is_whole<D: Device + ?Sized>(
     slot: u32,
     header: &RecordHeader,
 ) -> Result<bool, IoError> {
-    let payload = read(device, slot, header.position + SECTOR as u64, header.meta.bytes)?;
-    Ok(checksum(payload.bytes()) == header.meta.checksum)
+    let bytes = header.meta.bytes;
+    let payload = read(device, slot, header.position + SECTOR as u64, padded(bytes))?;
+    Ok(checksum(&payload.bytes()[..bytes as usize]) == header.meta.checksum)
 }
 
 fn header_at(sector: &[u8], id: SegmentId, at: u64, segment_bytes: u64) -> Option<(RecordHeader, u64)> {

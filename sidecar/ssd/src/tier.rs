@@ -5,7 +5,7 @@ use std::{
     io,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, Sender, TryRecvError, channel},
     },
@@ -22,7 +22,7 @@ use crate::{
     },
     format::{Entry, RecordKey, RecordMeta, Superblock},
     recover::{Found, Report, recover},
-    store::{Action, Life, Limits, Store},
+    store::{Action, Counters, Life, Limits, ShelfView, Store},
 };
 
 /// Segments that a directory needs: one to fill, one to empty, one between.
@@ -101,7 +101,17 @@ enum Call {
     Put { token: u64, meta: Box<RecordMeta>, extent: Extent, durable: bool },
     Get { token: u64, key: RecordKey, extent: Extent },
     Remove(RecordKey),
+    Look,
     Close,
+}
+
+/// A tier at one moment.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct View {
+    /// The directories, in their order.
+    pub shelves: Vec<ShelfView>,
+    /// Counts since the start, of all of them.
+    pub counters: Counters,
 }
 
 enum Message {
@@ -115,8 +125,8 @@ enum Message {
 pub struct Hooks {
     /// Outcomes and drops, one [`Action`] each; never operations.
     pub tell: Box<dyn FnMut(Action) + Send>,
-    /// Whether a record of a segment that is evicted is to be kept.
-    pub keep: Box<dyn FnMut(&RecordKey) -> bool + Send>,
+    /// Whether a record of a segment that is evicted is to be kept; told whether it was read since it was written.
+    pub keep: Box<dyn FnMut(&RecordKey, bool) -> bool + Send>,
 }
 
 /// A running tier. Dropping it ends what is in flight and seals what is open.
@@ -124,6 +134,7 @@ pub struct Hooks {
 pub struct Tier {
     calls: Sender<Message>,
     waiting: Arc<AtomicUsize>,
+    seen: Arc<Mutex<View>>,
     owner: Option<JoinHandle<()>>,
 }
 
@@ -167,10 +178,12 @@ impl Tier {
         let started = await_recovery(&mut store, &messages, &mut ports, &mut recovered)?;
         let waiting = Arc::new(AtomicUsize::new(0));
         let ports = ports.into_iter().map(|(port, _)| port).collect();
-        let owner = Owner { store, ports, messages, hooks, waiting: Arc::clone(&waiting), is_closing: false };
+        let seen = Arc::new(Mutex::new(view(&store)));
+        let (waits, sees) = (Arc::clone(&waiting), Arc::clone(&seen));
+        let owner = Owner { store, ports, messages, hooks, waiting: waits, seen: sees, is_closing: false };
         let owner = thread::Builder::new().name("pillion-ssd".into()).spawn(move || owner.run());
         let owner = owner.map_err(|source| cannot_start(&config.directories[0].path, source))?;
-        Ok((Self { calls, waiting, owner: Some(owner) }, started))
+        Ok((Self { calls, waiting, seen, owner: Some(owner) }, started))
     }
 
     /// Stores a record from its extent of the pool; see [`Store::put`]. The ending goes to `tell`.
@@ -193,6 +206,12 @@ impl Tier {
     #[must_use]
     pub fn remove(&self, key: RecordKey) -> bool {
         self.call(Call::Remove(key)).is_some()
+    }
+
+    /// What was last seen, and has it looked at again: who asks now and then is never far behind.
+    pub fn view(&self) -> View {
+        let _ = self.call(Call::Look);
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn call(&self, call: Call) -> Option<()> {
@@ -255,12 +274,17 @@ fn await_recovery(
     }
 }
 
+fn view(store: &Store) -> View {
+    View { shelves: store.shelves(), counters: store.counters() }
+}
+
 struct Owner {
     store: Store,
     ports: Vec<Port>,
     messages: Receiver<Message>,
     hooks: Hooks,
     waiting: Arc<AtomicUsize>,
+    seen: Arc<Mutex<View>>,
     is_closing: bool,
 }
 
@@ -312,6 +336,7 @@ impl Owner {
             Call::Remove(key) => {
                 self.store.remove(&key);
             }
+            Call::Look => *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = view(&self.store),
             Call::Close => self.is_closing = true,
         }
     }

@@ -6,6 +6,7 @@ use crate::{
     device::{Device, IoError},
     format::{
         Asked, Commit, Entry, OVERHEAD, RecordHeader, RecordKey, Refused, SECTOR, Superblock, VerifiedRecord,
+        padded,
     },
     recover::{Found, read, recover},
 };
@@ -138,9 +139,9 @@ impl Verdict {
 
 fn record<D: Device + ?Sized>(device: &mut D, slot: u32, entry: &Entry) -> Result<(), Wrong> {
     let bytes = entry.meta.bytes;
-    let all = read(device, slot, entry.position, bytes + OVERHEAD)?;
+    let all = read(device, slot, entry.position, padded(bytes) + OVERHEAD)?;
     let (header, rest) = all.bytes().split_at(SECTOR);
-    let (payload, commit) = rest.split_at(bytes as usize);
+    let (payload, commit) = rest.split_at(padded(bytes) as usize);
     let asked = Asked { key: entry.meta.key, bytes, segment: entry.segment, position: entry.position };
     VerifiedRecord::verify(&asked, header, payload).map(drop)?;
     let (found, sum) = RecordHeader::decode(header)?;

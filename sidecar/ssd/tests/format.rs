@@ -13,7 +13,9 @@ const BLOCK: Superblock =
     Superblock { directory: DirectoryId([0xd1; 16]), segment_bytes: SEGMENT_BYTES as u64 };
 
 fn payload(n: u8, sectors: usize) -> Vec<u8> {
-    (0..sectors * SECTOR).map(|at| (at as u8).wrapping_mul(31).wrapping_add(n)).collect()
+    // The second one ends in the middle of a sector.
+    let bytes = sectors * SECTOR - if n > 1 { 1000 } else { 0 };
+    (0..bytes).map(|at| (at as u8).wrapping_mul(31).wrapping_add(n)).collect()
 }
 
 fn entries() -> Vec<(Entry, Vec<u8>)> {
@@ -56,7 +58,7 @@ fn image() -> Vec<u8> {
     for (entry, bytes) in entries() {
         let (at, end) = (entry.position as usize, entry.end() as usize);
         let sum = entry.encode(&mut file[at..at + SECTOR]);
-        file[at + SECTOR..end - SECTOR].copy_from_slice(&bytes);
+        file[at + SECTOR..at + SECTOR + bytes.len()].copy_from_slice(&bytes);
         entry.commit(sum).encode(&mut file[end - SECTOR..end]);
         footer.push(entry);
     }
@@ -82,7 +84,7 @@ fn asked(entry: &Entry) -> Asked {
 /// A new version of the format gets new files beside these; those of older ones stay.
 #[test]
 fn the_golden_files_are_what_this_code_writes() {
-    for (name, bytes) in [("superblock-v1.bin", superblock()), ("segment-v1.bin", image())] {
+    for (name, bytes) in [("superblock-v2.bin", superblock()), ("segment-v2.bin", image())] {
         if fs::read(golden(name)).ok().as_ref() != Some(&bytes) {
             let written = std::env::temp_dir().join(name);
             fs::write(&written, bytes).unwrap();
@@ -93,8 +95,8 @@ fn the_golden_files_are_what_this_code_writes() {
 
 #[test]
 fn the_golden_files_are_read() {
-    assert_eq!(Superblock::decode(&fs::read(golden("superblock-v1.bin")).unwrap()), Ok(BLOCK));
-    let file = fs::read(golden("segment-v1.bin")).unwrap();
+    assert_eq!(Superblock::decode(&fs::read(golden("superblock-v2.bin")).unwrap()), Ok(BLOCK));
+    let file = fs::read(golden("segment-v2.bin")).unwrap();
     assert_eq!(SegmentHeader::expect(&file, &BLOCK, 7), Ok(segment_header()));
     let trailer_at = file.len() - SECTOR;
     let trailer = Trailer::expect(&file[trailer_at..], SEGMENT, BLOCK.segment_bytes).unwrap();
@@ -115,6 +117,15 @@ fn the_golden_files_are_read() {
     }
 }
 
+/// A record was a whole number of sectors in version 1; its directories are refused and left as they are.
+#[test]
+fn directories_of_version_1_are_refused() {
+    let block = fs::read(golden("superblock-v1.bin")).unwrap();
+    assert_eq!(Superblock::decode(&block).err(), Some(Refused::Version(1)));
+    let file = fs::read(golden("segment-v1.bin")).unwrap();
+    assert_eq!(SegmentHeader::expect(&file, &BLOCK, 7).err(), Some(Refused::Version(1)));
+}
+
 /// Every bit of a range, one at a time: how many flips were not noticed.
 fn unnoticed(bytes: &mut [u8], range: std::ops::Range<usize>, accepts: impl Fn(&[u8]) -> bool) -> usize {
     assert!(accepts(bytes));
@@ -130,12 +141,13 @@ fn unnoticed(bytes: &mut [u8], range: std::ops::Range<usize>, accepts: impl Fn(&
 #[test]
 fn every_flipped_bit_of_every_structure_is_found() {
     let mut file = image();
-    let (entry, bytes) = entries().pop().unwrap();
+    let (entry, _) = entries().pop().unwrap();
     let (at, end) = (entry.position as usize, entry.end() as usize);
     let (_, sum) = RecordHeader::decode(&file[at..]).unwrap();
+    let whole = file[at + SECTOR..end - SECTOR].to_vec();
     let header = &mut file[at..at + SECTOR];
     assert_eq!(
-        unnoticed(header, 0..SECTOR, |header| VerifiedRecord::verify(&asked(&entry), header, &bytes).is_ok()),
+        unnoticed(header, 0..SECTOR, |header| VerifiedRecord::verify(&asked(&entry), header, &whole).is_ok()),
         0
     );
     assert_eq!(unnoticed(header, 0..SECTOR, |header| RecordHeader::decode(header).is_ok()), 0);
@@ -153,6 +165,21 @@ fn every_flipped_bit_of_every_structure_is_found() {
     assert_eq!(unnoticed(&mut file[trailer_at - SECTOR..], 0..2 * SECTOR, read), 0);
     let mut block = superblock();
     assert_eq!(unnoticed(&mut block, 0..SECTOR, |block| Superblock::decode(block).is_ok()), 0);
+}
+
+#[test]
+fn the_rest_of_the_last_sector_is_zeros() {
+    let file = image();
+    let (entry, bytes) = entries().pop().unwrap();
+    let at = entry.position as usize;
+    let mut whole = file[at + SECTOR..entry.end() as usize - SECTOR].to_vec();
+    let proved = VerifiedRecord::verify(&asked(&entry), &file[at..at + SECTOR], &whole).unwrap();
+    assert_eq!(proved.payload(), bytes);
+    *whole.last_mut().unwrap() = 1;
+    let refused = VerifiedRecord::verify(&asked(&entry), &file[at..at + SECTOR], &whole).err();
+    assert_eq!(refused, Some(Refused::Malformed("padding of the payload")));
+    let short = VerifiedRecord::verify(&asked(&entry), &file[at..at + SECTOR], &bytes).err();
+    assert_eq!(short, Some(Refused::Other("payload length")));
 }
 
 #[test]
@@ -184,8 +211,8 @@ fn what_was_asked_for_is_compared_before_any_checksum_counts() {
         assert_eq!(VerifiedRecord::verify(&other, header, &bytes).err(), Some(Refused::Other(name)));
     }
     let mut newer = header.to_vec();
-    newer[8] = 2;
-    assert_eq!(RecordHeader::decode(&newer).err(), Some(Refused::Version(2)));
+    newer[8] = 3;
+    assert_eq!(RecordHeader::decode(&newer).err(), Some(Refused::Version(3)));
     assert_eq!(RecordHeader::decode(&[0; SECTOR]).err(), Some(Refused::Magic("record header")));
     assert_eq!(RecordHeader::decode(&[0; 100]).err(), Some(Refused::Malformed("record header")));
 }

@@ -67,14 +67,15 @@ fn key(n: u64) -> RecordKey {
     RecordKey(key)
 }
 
-/// From one sector to 512 KiB: short ones are gathered, long ones go from the registered buffer.
+/// Up to 512 KiB, in whole sectors and not: short ones are gathered, long ones go from the registered buffer.
 fn bytes_of(n: u64) -> u64 {
-    [4096, 65536, LANE, 135_168][(n % 4) as usize]
+    [4096, 65536, LANE, 135_168, 70_001, 100][(n % 6) as usize]
 }
 
 fn fill(n: u64, into: &mut [u8]) {
     for (at, word) in into.chunks_mut(8).enumerate() {
-        word.copy_from_slice(&(n << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+        let bytes = (n << 32 | at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
+        word.copy_from_slice(&bytes[..word.len()]);
     }
 }
 
@@ -99,7 +100,7 @@ fn start(paths: &[&Path], pool: &Pool, engine: Engine) -> Result<Run, OpenError>
     let (tell, told) = channel();
     let hooks = Hooks {
         tell: Box::new(move |action| tell.send(action).unwrap_or(())),
-        keep: Box::new(|wanted| *wanted == key(0)),
+        keep: Box::new(|wanted, _| *wanted == key(0)),
     };
     let mut recovered = HashSet::new();
     let (tier, started) = Tier::start(&config(paths, engine), &pool.memory, hooks, |entry| {
@@ -244,17 +245,17 @@ fn what_is_not_ours_is_refused_and_left_as_it_is() {
     assert_eq!(names(foreign.path()), ["photo.jpg"]);
 
     let newer = scratch();
-    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/superblock-v1.bin");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/superblock-v2.bin");
     let mut block = fs::read(golden).unwrap();
-    block[8] = 2;
+    block[8] = 3;
     fs::write(newer.path().join("pillion-ssd"), &block).unwrap();
     fs::write(newer.path().join("00000000.segment"), "theirs").unwrap();
-    assert!(why(newer.path()).unwrap().contains("format version 2, this program reads 1"));
+    assert!(why(newer.path()).unwrap().contains("format version 3, this program reads 2"));
     assert_eq!(fs::read(newer.path().join("pillion-ssd")).unwrap(), block);
     assert_eq!(fs::read(newer.path().join("00000000.segment")).unwrap(), b"theirs");
 
     let damaged = scratch();
-    block[8] = 1;
+    block[8] = 2;
     block[20] ^= 1;
     fs::write(damaged.path().join("pillion-ssd"), &block).unwrap();
     assert!(why(damaged.path()).unwrap().contains("the checksum of the superblock"));
@@ -276,7 +277,7 @@ fn what_is_not_ours_is_refused_and_left_as_it_is() {
 fn settings_that_cannot_be_met_are_refused_with_what_was_expected() {
     let home = scratch();
     let pool = Pool::new();
-    let hooks = || Hooks { tell: Box::new(|_| ()), keep: Box::new(|_| false) };
+    let hooks = || Hooks { tell: Box::new(|_| ()), keep: Box::new(|_, _| false) };
     let mut small = config(&[home.path()], Engine::Threads);
     small.directories[0].capacity_bytes = 2 * SEGMENT;
     let error = Tier::start(&small, &pool.memory, hooks(), |_| ()).unwrap_err();

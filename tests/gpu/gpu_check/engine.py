@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,8 @@ class DeviceEngine(FakeEngine):
     seed_error: int = 0
     """Added to the seed that is registered: the canary is then wrong."""
     canary_seconds: float = 5.0
+    # test_device_faults counts on this number of events, whatever the client's own is.
+    options: Mapping[str, int] = field(default_factory=lambda: {"events": EVENTS})
 
     def _take_memory(self) -> None:
         size = max(self.record_bytes, min(STAGING, self.record_bytes * self.shape.blocks))
@@ -48,8 +51,7 @@ class DeviceEngine(FakeEngine):
 
     def _place(self) -> dict[str, Any]:
         self.device.wait()  # the canary is there
-        # test_device_faults counts on this number of events, whatever the client's own is.
-        return {"cuda": True, "base": self.kv.address, "events": EVENTS}
+        return {"cuda": True, "base": self.kv.address}
 
     def register(self) -> None:
         self.seed += self.seed_error
@@ -202,7 +204,7 @@ class Raw:
     def __init__(self, engine: DeviceEngine, pause: float) -> None:
         self.engine = engine
         self.worker = engine.worker
-        self.space = engine.scheduler.namespace_id() or bytes(16)
+        self.spaces = engine.scheduler.namespace_ids() or bytes(16)
         self.pause = pause
         self.ended: dict[bytes, tuple[int, int]] = {}
 
@@ -213,13 +215,16 @@ class Raw:
     def save(self, hashes: bytes, blocks: list[int], stream: int | None = None) -> bytes:
         job = os.urandom(16)
         stream = self.engine.device.stream if stream is None else stream
-        self.worker.submit_save(job, self.space, b"", hashes, blocks, 60_000, stream=stream)
+        self.worker.submit_save(
+            job, self.spaces, [(0, b"", len(blocks))], hashes, blocks, 60_000, stream=stream
+        )
         return job
 
     def load(self, hashes: bytes, blocks: list[int], lease: bytes, stream: int | None = None) -> bytes:
         job = os.urandom(16)
         stream = self.engine.device.stream if stream is None else stream
-        self.worker.submit_load(job, lease, 0, self.space, hashes, blocks, 60_000, stream=stream)
+        runs = [(0, 0, 0, len(blocks))]
+        self.worker.submit_load(job, lease, self.spaces, runs, hashes, blocks, 60_000, stream=stream)
         return job
 
     def lease(self, hashes: bytes) -> tuple[int, bytes]:
@@ -227,11 +232,11 @@ class Raw:
         scheduler, count = self.engine.scheduler, len(hashes) // 32
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            ticket = scheduler.lease(hashes)
+            ticket = scheduler.lease([(0, hashes)])
             grant = None
             while ticket and grant is None and time.monotonic() < deadline:
                 grant = scheduler.lease_poll(ticket, 200)
-            if grant and grant[0] == count:
+            if grant and grant[0] == [count]:
                 return ticket, grant[1]
             scheduler.release(ticket)
             time.sleep(0.001)

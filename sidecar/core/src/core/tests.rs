@@ -1,6 +1,6 @@
 //! Scenarios on the core, and a random walk against a slow oracle.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, VecDeque};
 
 use proptest::prelude::*;
 
@@ -8,10 +8,15 @@ use pillion_shm::presence::IndexKey;
 
 use super::*;
 use crate::{
-    event::{BlockOutcome, CopyItem, Direction},
-    ids::JobId,
-    key::TenantKey,
+    event::{BlockOutcome, CopyItem, Direction, Group, LeaseRun, LoadRun, Outcome, SaveRun},
+    ids::{JobId, LeaseId},
+    key::{BlockKey, TenantKey},
+    ssd::{CacheMode, GetEnding, PutEnding, SsdRecord},
 };
+
+mod groups;
+mod ssd;
+mod ssd_walk;
 
 const RECORD: u64 = 512 << 10;
 const SECOND: u64 = 1_000_000_000;
@@ -26,8 +31,31 @@ fn namespace(model: &str) -> Namespace {
     Namespace::new(vec![("model".into(), model.into())]).unwrap()
 }
 
+fn group(model: &str, record_bytes: u64) -> Group {
+    Group { namespace: namespace(model), record_bytes, format: "format".into() }
+}
+
+fn registration(model: &str) -> Registration {
+    Registration { num_blocks: 64, groups: vec![group(model, RECORD)] }
+}
+
 fn tenant(n: u8) -> Tenant {
     Tenant { name: format!("tenant{n}").into(), key: TenantKey::new([n; 32]) }
+}
+
+#[derive(Debug, Clone)]
+struct PutAsked {
+    token: u64,
+    record: SsdRecord,
+    offset: u64,
+    durable: bool,
+}
+
+#[derive(Debug, Clone)]
+struct GetAsked {
+    token: u64,
+    key: [u8; 32],
+    offset: u64,
 }
 
 /// The core with everything around it that a test needs.
@@ -40,7 +68,14 @@ struct Rig {
     words: HashMap<(SessionId, JobId), bool>,
     done: Vec<(SessionId, JobId, Outcome, bool, u32)>,
     leased: HashMap<u64, (LeaseId, u32)>,
-    present: HashSet<(Arc<str>, IndexKey)>,
+    /// Of the last lease, run by run.
+    runs: Vec<u32>,
+    /// With the tiers.
+    present: HashMap<(Arc<str>, IndexKey), u8>,
+    puts: VecDeque<PutAsked>,
+    gets: VecDeque<GetAsked>,
+    /// What the SSD has.
+    disk: HashMap<[u8; 32], SsdRecord>,
     ended: Vec<SessionId>,
     unregistered: Vec<u64>,
     errors: Vec<String>,
@@ -49,6 +84,10 @@ struct Rig {
 
 impl Rig {
     fn new(pool_records: u64) -> Self {
+        Self::with(pool_records, None)
+    }
+
+    fn with(pool_records: u64, ssd: Option<SsdLimits>) -> Self {
         let pool_bytes = pool_records * RECORD;
         let core = Core::new(Limits {
             pool_bytes,
@@ -58,6 +97,7 @@ impl Rig {
             lease_ns: 30 * SECOND,
             lease_seed: [1; 32],
             generation: [2; 16],
+            ssd,
         });
         Self {
             core,
@@ -68,7 +108,11 @@ impl Rig {
             words: HashMap::new(),
             done: Vec::new(),
             leased: HashMap::new(),
-            present: HashSet::new(),
+            runs: Vec::new(),
+            present: HashMap::new(),
+            puts: VecDeque::new(),
+            gets: VecDeque::new(),
+            disk: HashMap::new(),
             ended: Vec::new(),
             unregistered: Vec::new(),
             errors: Vec::new(),
@@ -93,16 +137,28 @@ impl Rig {
                     self.done.push((session, job, outcome, quiesced, blocks));
                 }
                 Action::Leased { request, lease, blocks, .. } => {
-                    self.leased.insert(request, (lease, blocks));
+                    self.runs = blocks;
+                    self.leased.insert(request, (lease, self.runs.iter().sum()));
                 }
-                Action::TableSet { tenant, key } => assert!(self.present.insert((tenant, key)), "set twice"),
+                Action::TableSet { tenant, key, tiers } => {
+                    let before = self.present.insert((tenant, key), tiers);
+                    assert!(before.is_none() || self.core.ssd.is_some(), "set twice");
+                }
                 Action::TableRemove { tenant, key } => {
-                    assert!(self.present.remove(&(tenant, key)), "not there")
+                    assert!(self.present.remove(&(tenant, key)).is_some(), "not there")
                 }
                 Action::SessionEnded { session } => self.ended.push(session),
                 Action::Unregistered { request, .. } => self.unregistered.push(request),
                 Action::ProtocolError { text, .. } => self.errors.push(text),
                 Action::Drained => self.drained = true,
+                Action::SsdPut { token, record, offset, durable } => {
+                    self.puts.push_back(PutAsked { token, record: *record, offset, durable });
+                }
+                Action::SsdGet { token, key, offset, bytes } => {
+                    assert_eq!(bytes, self.disk.get(&key).map_or(bytes, |record| record.bytes));
+                    assert!(self.gets.iter().all(|get| get.key != key), "two reads of one record");
+                    self.gets.push_back(GetAsked { token, key, offset });
+                }
                 Action::NamespaceOpened { .. } | Action::CancelCopy { .. } => {}
             }
         }
@@ -126,13 +182,7 @@ impl Rig {
         let (scheduler, worker) = (attach(Role::Scheduler), attach(Role::Worker));
         let namespace = namespace(model);
         let space = namespace.id(tenant, b"");
-        let registration = Registration {
-            namespace: namespace.clone(),
-            record_bytes: RECORD,
-            num_blocks: 64,
-            format: "format".into(),
-        };
-        self.apply(Event::Registered { session: worker, registration });
+        self.apply(Event::Registered { session: worker, registration: registration(model) });
         self.apply(Event::OpenNamespace { session: scheduler, request: 0, namespace, epoch: Vec::new() });
         Engine { scheduler, worker, space }
     }
@@ -143,8 +193,11 @@ impl Rig {
         self.apply(Event::Save {
             session: engine.worker,
             job,
-            space: engine.space,
-            parent: parent.map(hash),
+            runs: vec![SaveRun {
+                space: engine.space,
+                parent: parent.map(hash),
+                count: blocks.clone().count() as u32,
+            }],
             hashes: blocks.clone().map(hash).collect(),
             blocks: blocks.map(|n| n % 64).collect(),
             word: 0,
@@ -156,11 +209,50 @@ impl Rig {
     }
 
     fn lease(&mut self, engine: &Engine, hashes: impl Iterator<Item = u32>) -> (LeaseId, u32) {
+        let request = self.ask(engine, hashes);
+        self.leased[&request]
+    }
+
+    /// Asks for a lease; the answer may come later.
+    fn ask(&mut self, engine: &Engine, hashes: impl IntoIterator<Item = u32>) -> u64 {
         self.jobs += 1;
         let request = self.jobs;
-        let hashes = hashes.map(hash).collect();
-        self.apply(Event::Lease { session: engine.scheduler, request, space: engine.space, hashes });
-        self.leased[&request]
+        let hashes: Vec<_> = hashes.into_iter().map(hash).collect();
+        let runs = vec![LeaseRun { space: engine.space, count: hashes.len() as u32 }];
+        self.apply(Event::Lease { session: engine.scheduler, request, runs, hashes });
+        request
+    }
+
+    /// Ends the oldest write to the SSD.
+    fn put(&mut self, ending: PutEnding) {
+        let PutAsked { token, record, .. } = self.puts.pop_front().expect("a write");
+        if ending == PutEnding::Stored {
+            self.disk.insert(record.key, record);
+        }
+        self.apply(Event::SsdPutEnded { token, ending });
+    }
+
+    fn put_all(&mut self) {
+        while !self.puts.is_empty() {
+            self.put(PutEnding::Stored);
+        }
+    }
+
+    /// Ends the oldest read from the SSD: well, or as said.
+    fn get(&mut self, bad: Option<GetEnding>) {
+        let GetAsked { token, key, .. } = self.gets.pop_front().expect("a read");
+        let there = self.disk.get(&key).map(|record| GetEnding::Loaded(record.checksum));
+        let ending = bad.or(there).unwrap_or(GetEnding::Gone);
+        if matches!(ending, GetEnding::Corrupt | GetEnding::Gone) {
+            self.disk.remove(&key);
+        }
+        self.apply(Event::SsdGetEnded { token, ending });
+    }
+
+    fn get_all(&mut self) {
+        while !self.gets.is_empty() {
+            self.get(None);
+        }
     }
 
     fn load(&mut self, engine: &Engine, lease: LeaseId, first: u32, hashes: std::ops::Range<u32>) -> JobId {
@@ -170,8 +262,7 @@ impl Rig {
             session: engine.worker,
             job,
             lease,
-            first,
-            space: engine.space,
+            runs: vec![LoadRun { run: 0, first, space: engine.space, count: hashes.clone().count() as u32 }],
             blocks: hashes.clone().map(|n| n % 64).collect(),
             hashes: hashes.map(hash).collect(),
             deadline_ns: self.now + 2 * SECOND,
@@ -440,22 +531,17 @@ fn memory_that_goes_away_is_let_go_when_its_last_copy_has_ended() {
     assert_eq!(rig.unregistered, [77]);
     assert_eq!(rig.lease(&engine, 0..4).1, 2, "a save that was given up is not found");
     // Woken up.
-    let (record_bytes, num_blocks) = (RECORD, 64);
-    let registration =
-        Registration { namespace: namespace("m"), record_bytes, num_blocks, format: "format".into() };
-    rig.apply(Event::Registered { session: engine.worker, registration });
+    rig.apply(Event::Registered { session: engine.worker, registration: registration("m") });
     let load = rig.load(&engine, lease, 0, 0..2);
     rig.copy(|_| BlockOutcome::Copied(1));
     assert_eq!(rig.last(), (load, Outcome::Done, true, 2));
     rig.apply(Event::Unregister { session: engine.worker, request: 78 });
     assert_eq!(rig.unregistered, [77, 78], "nothing ran");
     // Jobs of new memory do not keep the old.
-    let registration =
-        Registration { namespace: namespace("m"), record_bytes, num_blocks, format: "format".into() };
-    rig.apply(Event::Registered { session: engine.worker, registration: registration.clone() });
+    rig.apply(Event::Registered { session: engine.worker, registration: registration("m") });
     rig.load(&engine, lease, 0, 0..2);
     rig.apply(Event::Unregister { session: engine.worker, request: 79 });
-    rig.apply(Event::Registered { session: engine.worker, registration });
+    rig.apply(Event::Registered { session: engine.worker, registration: registration("m") });
     rig.load(&engine, lease, 0, 0..2);
     rig.copy(|_| BlockOutcome::Skipped);
     assert_eq!(rig.unregistered, [77, 78, 79]);
@@ -471,19 +557,10 @@ fn jobs_that_no_correct_client_submits_are_answered_and_counted() {
         rig.jobs += 1;
         let job = JobId(u128::from(rig.jobs).to_le_bytes());
         let (session, space) = (engine.worker, engine.space);
+        let runs = vec![SaveRun { space, parent: None, count: hashes as u32 }];
         let hashes = vec![hash(1); hashes];
-        let save = Event::Save {
-            session,
-            job,
-            space,
-            parent: None,
-            hashes,
-            blocks,
-            word: 0,
-            tag: 0,
-            deadline_ns: 1,
-            event: None,
-        };
+        let save =
+            Event::Save { session, job, runs, hashes, blocks, word: 0, tag: 0, deadline_ns: 1, event: None };
         rig.apply(save);
         assert_eq!(rig.last(), (job, Outcome::Failed, true, 0));
     };

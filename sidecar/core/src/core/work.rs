@@ -4,28 +4,36 @@ use std::sync::Arc;
 
 use pillion_shm::presence::IndexKey;
 
-use super::{Core, MAX_BLOCKS};
+use super::{Core, MAX_BLOCKS, MAX_RUNS};
 use crate::{
-    event::{Action, BlockOutcome, CopyItem, Direction, Outcome},
+    event::{Action, BlockOutcome, CopyItem, Direction, LoadRun, Outcome, Registration, SaveRun},
     ids::{JobId, LeaseId, NamespaceId, SessionId},
     jobs::Job,
     key::BlockKey,
-    store::{NewRecord, Record, RecordId, State},
+    store::{NewRecord, RecordId, State},
 };
 
 impl Core {
-    /// What save and load jobs must both fulfil; the text says what was expected.
-    fn check(&self, submitted: &Submitted<'_>) -> Result<(), Refusal> {
-        let Submitted { session, job, space, hashes, blocks, .. } = submitted;
+    /// What save and load jobs must both fulfil; the text says what was expected. Gives each run's group.
+    fn check(
+        &self,
+        submitted: &Submitted<'_>,
+        runs: impl ExactSizeIterator<Item = (NamespaceId, u32)> + Clone,
+    ) -> Result<Vec<u16>, Refusal> {
+        let Submitted { session, job, hashes, blocks, .. } = submitted;
         let owner = self.sessions.get(session).filter(|owner| !owner.detached).ok_or(Refusal::Gone)?;
         let Some(registration) = &owner.registration else {
             return Err(Refusal::Protocol("expected a registration before the first job".into()));
         };
-        if hashes.len() != blocks.len() || hashes.is_empty() || hashes.len() > MAX_BLOCKS {
+        let counted = runs.clone().map(|(_, count)| u64::from(count)).sum::<u64>();
+        let sizes_differ = hashes.len() != blocks.len() || counted != hashes.len() as u64;
+        if sizes_differ || hashes.is_empty() || hashes.len() > MAX_BLOCKS || runs.len() > MAX_RUNS {
             return Err(Refusal::Protocol(format!(
-                "expected 1 to {MAX_BLOCKS} hashes and as many blocks, got {} and {}",
+                "expected 1 to {MAX_BLOCKS} hashes, as many blocks, and at most {MAX_RUNS} runs that count them, got {}, \
+                 {}, and {} runs of {counted}",
                 hashes.len(),
-                blocks.len()
+                blocks.len(),
+                runs.len(),
             )));
         }
         if let Some(block) = blocks.iter().find(|block| u64::from(**block) >= registration.num_blocks) {
@@ -37,16 +45,19 @@ impl Core {
         if self.jobs.contains_key(&(*session, *job)) {
             return Err(Refusal::Protocol("expected a new job id, got one that is still running".into()));
         }
-        let space = self.spaces.get(space);
-        if !space.is_some_and(|space| {
-            space.tenant == owner.tenant.name && space.namespace == registration.namespace
-        }) {
-            return Err(Refusal::Identity);
-        }
+        let group = |(space, _)| self.group(&owner.tenant.name, registration, space);
+        let groups: Vec<u16> = runs.map(group).collect::<Option<_>>().ok_or(Refusal::Identity)?;
         if self.draining || owner.jobs >= self.limits.session_jobs_max {
             return Err(Refusal::Busy);
         }
-        Ok(())
+        Ok(groups)
+    }
+
+    /// The group of a registration whose namespace was opened under this id.
+    fn group(&self, tenant: &str, registration: &Registration, space: NamespaceId) -> Option<u16> {
+        let space = self.spaces.get(&space).filter(|space| *space.tenant == *tenant)?;
+        let mut groups = registration.groups.iter();
+        groups.position(|group| group.namespace == space.namespace).map(|index| index as u16)
     }
 
     fn refuse(
@@ -71,48 +82,58 @@ impl Core {
     pub(super) fn save(
         &mut self,
         save: &Submitted<'_>,
-        parent: Option<[u8; 32]>,
+        runs: &[SaveRun],
         word: u32,
         tag: u64,
         actions: &mut Vec<Action>,
     ) {
-        if let Err(refusal) = self.check(save) {
-            return self.refuse(save, Direction::Save, refusal, actions);
-        }
-        let Submitted { session, job, space, deadline_ns, .. } = *save;
+        let groups = match self.check(save, runs.iter().map(|run| (run.space, run.count))) {
+            Ok(groups) => groups,
+            Err(refusal) => return self.refuse(save, Direction::Save, refusal, actions),
+        };
+        let Submitted { session, job, deadline_ns, .. } = *save;
         let mut records = Vec::new();
         let mut items = Vec::new();
         let mut evicted = Vec::new();
         {
-            let Self { sessions, store, counters, limits, .. } = self;
+            let Self { sessions, store, ssd, counters, limits, .. } = self;
             let Some(owner) = sessions.get_mut(&session) else { return };
             let Some(registration) = &owner.registration else { return };
             let seed = owner.tenant.key.index_seed(&limits.generation);
-            let mut parent = parent.map(|hash| BlockKey::new(&owner.tenant.key, space, 0, &hash));
-            for (position, (hash, block)) in save.hashes.iter().zip(save.blocks).enumerate() {
-                let key = BlockKey::new(&owner.tenant.key, space, 0, hash);
-                if store.find(&key).is_some() {
-                    counters.blocks_deduplicated += 1;
+            let on_ssd = |key: &BlockKey| ssd.as_ref().is_some_and(|ssd| ssd.contains(key));
+            let mut rest = save.hashes.iter().zip(save.blocks);
+            'runs: for (run, index) in runs.iter().zip(&groups) {
+                let group = &registration.groups[usize::from(*index)];
+                let key_of = |hash: &[u8; 32]| BlockKey::new(&owner.tenant.key, run.space, 0, hash);
+                let mut parent = run.parent.as_ref().map(key_of);
+                for (hash, block) in rest.by_ref().take(run.count as usize) {
+                    let key = key_of(hash);
+                    // What is on the SSD only is stored, too.
+                    if store.find(&key).is_some() || on_ssd(&key) {
+                        counters.blocks_deduplicated += 1;
+                        parent = Some(key);
+                        continue;
+                    }
+                    let new = NewRecord {
+                        key,
+                        index: IndexKey::new(seed, &run.space.0, hash),
+                        space: run.space,
+                        hash: *hash,
+                        tenant: Arc::clone(&owner.tenant.name),
+                        format: Arc::clone(&group.format),
+                        bytes: group.record_bytes,
+                        parent,
+                    };
+                    let fits = store.fits(new.bytes);
+                    let Some(record) = fits.then(|| store.insert(new, &mut evicted)).flatten() else {
+                        counters.blocks_without_room += 1 + rest.len() as u64;
+                        break 'runs;
+                    };
+                    let offset = store.offset(record).expect("just inserted");
+                    items.push(CopyItem { group: *index, block: u64::from(*block), offset, checksum: 0 });
+                    records.push(record);
                     parent = Some(key);
-                    continue;
                 }
-                let new = NewRecord {
-                    key,
-                    index: IndexKey::new(seed, &space.0, hash),
-                    tenant: Arc::clone(&owner.tenant.name),
-                    format: Arc::clone(&registration.format),
-                    bytes: registration.record_bytes,
-                    parent,
-                };
-                let fits = store.fits(new.bytes);
-                let Some(record) = fits.then(|| store.insert(new, &mut evicted)).flatten() else {
-                    counters.blocks_without_room += (save.hashes.len() - position) as u64;
-                    break;
-                };
-                let offset = store.offset(record).expect("just inserted");
-                items.push(CopyItem { block: u64::from(*block), offset, checksum: 0 });
-                records.push(record);
-                parent = Some(key);
             }
             if !records.is_empty() {
                 owner.jobs += 1;
@@ -149,21 +170,16 @@ impl Core {
         actions.push(Action::Copy { session, job, direction, items, event });
     }
 
-    fn announce_evictions(&mut self, evicted: &[Record], actions: &mut Vec<Action>) {
-        self.counters.evictions += evicted.len() as u64;
-        for record in evicted {
-            actions.push(Action::TableRemove { tenant: Arc::clone(&record.tenant), key: record.index });
-        }
-    }
-
     pub(super) fn load(
         &mut self,
         load: &Submitted<'_>,
         lease_id: LeaseId,
-        first: u32,
+        runs: &[LoadRun],
         actions: &mut Vec<Action>,
     ) {
-        let checked = self.check(load).and_then(|()| self.prove(load, lease_id, first));
+        let checked = self
+            .check(load, runs.iter().map(|run| (run.space, run.count)))
+            .and_then(|groups| self.prove(load, lease_id, runs, &groups));
         let (records, items) = match checked {
             Ok(proved) => proved,
             Err(refusal) => return self.refuse(load, Direction::Load, refusal, actions),
@@ -185,7 +201,8 @@ impl Core {
         &self,
         load: &Submitted<'_>,
         lease_id: LeaseId,
-        first: u32,
+        runs: &[LoadRun],
+        groups: &[u16],
     ) -> Result<(Vec<RecordId>, Vec<CopyItem>), Refusal> {
         let owner = self.sessions.get(&load.session).ok_or(Refusal::Gone)?;
         let registration = owner.registration.as_ref().ok_or(Refusal::Gone)?;
@@ -193,27 +210,32 @@ impl Core {
             .leases
             .get(lease_id)
             .filter(|lease| lease.engine == owner.engine && lease.uid == owner.uid)
-            .filter(|lease| lease.tenant == owner.tenant.name && lease.space == load.space)
+            .filter(|lease| lease.tenant == owner.tenant.name)
             .ok_or(Refusal::Lease)?;
-        let leased = lease
-            .records
-            .get(first as usize..)
-            .and_then(|rest| rest.get(..load.hashes.len()))
-            .ok_or(Refusal::Lease)?;
-        let mut items = Vec::with_capacity(leased.len());
-        for ((id, hash), block) in leased.iter().zip(load.hashes).zip(load.blocks) {
-            let record = self.store.get(*id).ok_or(Refusal::Lease)?;
-            let key = BlockKey::new(&owner.tenant.key, load.space, 0, hash);
-            if record.key != key || record.format != registration.format {
-                return Err(Refusal::Identity);
+        let mut records = Vec::with_capacity(load.hashes.len());
+        let mut items = Vec::with_capacity(load.hashes.len());
+        let mut rest = load.hashes.iter().zip(load.blocks);
+        for (run, group) in runs.iter().zip(groups) {
+            let wanted = &registration.groups[usize::from(*group)];
+            let leased = lease.part(run.run, run.first, run.count, run.space).ok_or(Refusal::Lease)?;
+            // The leased records first: a zip that ends with its second half would eat one of the first.
+            for (id, (hash, block)) in leased.iter().zip(rest.by_ref()) {
+                let record = self.store.get(*id).ok_or(Refusal::Lease)?;
+                let key = BlockKey::new(&owner.tenant.key, run.space, 0, hash);
+                let fits = record.format == wanted.format && record.bytes == wanted.record_bytes;
+                if record.key != key || !fits {
+                    return Err(Refusal::Identity);
+                }
+                if record.state != State::Published {
+                    return Err(Refusal::Lease);
+                }
+                let offset = self.store.offset(*id).ok_or(Refusal::Lease)?;
+                let checksum = record.checksum;
+                items.push(CopyItem { group: *group, block: u64::from(*block), offset, checksum });
+                records.push(*id);
             }
-            if record.state != State::Published {
-                return Err(Refusal::Lease);
-            }
-            let offset = self.store.offset(*id).ok_or(Refusal::Lease)?;
-            items.push(CopyItem { block: u64::from(*block), offset, checksum: record.checksum });
         }
-        Ok((leased.to_vec(), items))
+        Ok((records, items))
     }
 
     pub(super) fn copy_done(
@@ -260,11 +282,17 @@ impl Core {
             if let Some(record) = self.store.publish(*id, checksum) {
                 self.counters.bytes_saved += record.bytes;
                 blocks += 1;
-                actions.push(Action::TableSet { tenant: Arc::clone(&record.tenant), key: record.index });
+                let (key, tenant, index) = (record.key, Arc::clone(&record.tenant), record.index);
+                self.announce(&key, &tenant, index, actions);
             }
             self.store.touch(*id);
         }
         self.counters.blocks_saved += u64::from(blocks);
+        running.writes_left = self.offer((session, job), &running.records);
+        if running.writes_left > 0 {
+            self.jobs.insert((session, job), running);
+            return;
+        }
         self.finish(session, job, &running, Outcome::Done, blocks, actions);
     }
 
@@ -291,8 +319,9 @@ impl Core {
                 BlockOutcome::Copied(_) => loaded += 1,
                 BlockOutcome::Corrupt => {
                     self.counters.checksum_failures += 1;
-                    if let Some((tenant, key)) = self.store.retire(*id) {
-                        actions.push(Action::TableRemove { tenant, key });
+                    if let Some((key, tenant, index)) = self.store.retire(*id) {
+                        // A copy on the SSD is proved when it is read.
+                        self.announce(&key, &tenant, index, actions);
                     }
                 }
                 BlockOutcome::Unreachable | BlockOutcome::Skipped => {}
@@ -315,7 +344,7 @@ impl Core {
         self.finish(session, job, &running, outcome, loaded as u32, actions);
     }
 
-    fn finish(
+    pub(super) fn finish(
         &mut self,
         session: SessionId,
         job: JobId,
@@ -360,7 +389,6 @@ impl Core {
 pub(super) struct Submitted<'a> {
     pub(super) session: SessionId,
     pub(super) job: JobId,
-    pub(super) space: NamespaceId,
     pub(super) hashes: &'a [[u8; 32]],
     pub(super) blocks: &'a [u32],
     pub(super) deadline_ns: u64,

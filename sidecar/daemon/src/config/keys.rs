@@ -2,6 +2,7 @@
 //! docs/CONFIGURATION.md all follow it; nothing else names a key.
 
 use super::Config;
+use super::ssd::{CACHE_MODES, ENGINES};
 use super::value::{Kind, Value};
 
 /// One key of the configuration.
@@ -71,6 +72,16 @@ pub static KEYS: &[Key] = &[
         "Host memory for KV blocks: bytes, or a share of the memory available at start, divided by the sidecars that share it."),
     key!(sidecars: Whole, Kind::Whole(1, 1024), "1", "", "8",
         "Sidecars that share this machine's memory, for a `host_pool` that is a share; never less than the GPUs that the driver shows. A shim that starts several ranks' sets it."),
+    key!(ssd: Ssd, Kind::Ssd, "", "", "[\"/var/lib/pillion/ssd=100GiB\"]",
+        "Directories on local disks, each with the bytes that it may take; blocks go there, too, and are found again after a restart. Each serves one sidecar: `{device}` in a path stands for its device. In variable and flag: separated by commas."),
+    key!(ssd_cache_mode: Text, Kind::Choice(CACHE_MODES), "write_back", "", "\"write_back\"",
+        "`write_back`: written behind the save's acknowledgement; `write_through`: before it, durably; `write_around`: as `write_back`, and such blocks leave the host pool first; `read_only`: nothing is written."),
+    key!(ssd_segment: Size, Kind::Segment, "0", "", "\"64MiB\"",
+        "Length of the files in a new SSD directory, and the unit of its eviction; 0: a 32nd of the smallest capacity, between 16MiB and 256MiB. A block must fit into one, a directory must hold three."),
+    key!(ssd_engine: Text, Kind::Choice(ENGINES), "auto", "", "\"auto\"",
+        "How the disks are read and written: `uring`, `threads`, or `auto`: io_uring where the kernel lets us."),
+    key!(ssd_wait_ms: Whole, Kind::Whole(1, 450), "200", "ms", "200",
+        "How long a lookup waits for blocks to be read from the SSD before it is answered with those that are there; connectors give up after 500 ms."),
     key!(lease_seconds: Whole, Kind::Whole(1, 3600), "30", "s", "30",
         "How long a lease keeps blocks in place; renewed while its job lives."),
     key!(heartbeat_ms: Whole, Kind::Whole(10, 10_000), "250", "ms", "250",

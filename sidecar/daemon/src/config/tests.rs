@@ -2,6 +2,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use pillion_core::CacheMode;
+use pillion_ssd::tier::Engine;
+
 use super::*;
 
 struct Case {
@@ -53,6 +56,9 @@ fn defaults_are_those_of_the_architecture() {
     assert_eq!(config.http, HttpListen::On("127.0.0.1:9470".parse().unwrap()));
     assert_eq!((config.max_sessions, config.max_leases, config.copy_threads), (64, 4096, 2));
     assert_eq!(config.presence_slots, 1 << 18);
+    assert_eq!((config.ssd.len(), config.ssd_limits(1 << 30).is_none()), (0, true));
+    assert_eq!((config.ssd_cache_mode(), config.ssd_engine()), (CacheMode::WriteBack, Engine::Auto));
+    assert_eq!((config.ssd_segment.0, config.ssd_wait_ms), (0, 200));
     assert_eq!(config.log_level, "info");
     assert_eq!((config.runtime_dir, config.state_dir, config.socket), (None, None, None));
 }
@@ -165,6 +171,20 @@ fn wrong_types_in_the_file_are_refused() {
         "allow_uids = [\"root\"]",
         "allow_uids = [-1]",
         "allow_uids = [4294967295]",
+        "ssd = 3",
+        "ssd = [\"relative=1GiB\"]",
+        "ssd = [\"/a\"]",
+        "ssd = [\"/a=\"]",
+        "ssd = [\"/a=10%\"]",
+        "ssd = [\"/a=191KiB\"]",
+        "ssd = [\"/a=1GiB\", \"/a/=2GiB\"]",
+        "ssd = { \"/a\" = \"1GiB\" }",
+        "ssd_cache_mode = \"write-back\"",
+        "ssd_engine = \"aio\"",
+        "ssd_segment = \"63KiB\"",
+        "ssd_segment = \"5GiB\"",
+        "ssd_segment = 65537",
+        "ssd_wait_ms = 0",
         "tenants = [1]",
         "[tenants]\nA = { uids = [] }",
         "[tenants]\na = 3",
@@ -200,6 +220,25 @@ fn lists_and_addresses_from_a_line() {
     assert_eq!(Case::new("").flag("allow_uids", "").load().config.allow_uids, [] as [u32; 0]);
     assert_eq!(Case::new("").flag("http", "off").load().config.http, HttpListen::Off);
     assert!(Case::new("").flag("allow_uids", "1000,bob").error().contains("[1000, \"bob\"]"));
+}
+
+#[test]
+fn ssd_directories_as_people_write_them() {
+    let directory = |path: &str, bytes| SsdDirectory { path: path.into(), capacity: ByteSize(bytes) };
+    let loaded = Case::new("ssd = [\"/a=b=100GiB\", \"/c/ = 192KiB\"]\nssd_segment = \"64KiB\"").load();
+    assert_eq!(loaded.config.ssd, [directory("/a=b", 100 << 30), directory("/c", 192 << 10)]);
+    assert_eq!(Case::new("ssd = \"/a=1GB\"").load().config.ssd, [directory("/a", 1_000_000_000)]);
+    for text in ["/a=1MiB, /b=2MiB", "[\"/a=1MiB\", \"/b=2MiB\"]"] {
+        let config = Case::new("").variable("PILLION_SSD", text).load().config;
+        assert_eq!(config.ssd, [directory("/a", 1 << 20), directory("/b", 2 << 20)]);
+    }
+    assert!(Case::new("").flag("ssd", "").load().config.ssd.is_empty());
+    assert_eq!(
+        Case::new("").flag("ssd", "/a").error(),
+        "ssd (flag --ssd): expected a list of directories, each as \"path=capacity\", such as [\"/var/lib/pillion/ssd=100GiB\"], came \"/a\": write for example ssd = [\"/var/lib/pillion/ssd=100GiB\"]"
+    );
+    let many = (0..17).map(|n| format!("/d{n}=1GiB")).collect::<Vec<_>>().join(",");
+    assert!(Case::new("").flag("ssd", &many).error().contains("at most 16 directories"));
 }
 
 #[test]
@@ -293,7 +332,7 @@ fn other_users_are_noticed() {
 
 #[test]
 fn what_show_prints_loads_back() {
-    let toml = "host_pool = \"3GiB\"\nhttp = \"off\"\nruntime_dir = \"/x/\\\"y\"\n[tenants]\n\"a.b\" = { uids = [7] }\n";
+    let toml = "host_pool = \"3GiB\"\nssd = [\"/s=1GiB\"]\nssd_segment = \"64MiB\"\nhttp = \"off\"\nruntime_dir = \"/x/\\\"y\"\n[tenants]\n\"a.b\" = { uids = [7] }\n";
     let loaded = Case::new(toml).flag("device", "cpu7").load();
     let shown = loaded.to_toml();
     assert!(shown.contains("device = \"cpu7\"  # flag --device\n"), "{shown}");

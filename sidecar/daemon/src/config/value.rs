@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::size::{ByteSize, PoolSize};
+use super::ssd::{self, SsdDirectory};
 use super::tenants::{Tenant, TenantName, Tenants};
 
 /// Longest device name; it becomes part of a socket path of at most 107 bytes.
@@ -42,6 +43,12 @@ pub enum Kind {
     Level,
     /// `on` or `off`.
     Switch,
+    /// One of these words.
+    Choice(&'static [&'static str]),
+    /// SSD directories with their capacities.
+    Ssd,
+    /// The length of a segment file, or 0.
+    Segment,
 }
 
 /// A value before its kind has judged it.
@@ -66,6 +73,8 @@ pub(super) enum Value {
     Uids(Vec<u32>),
     Tenants(Tenants),
     Switch(bool),
+    Ssd(Vec<SsdDirectory>),
+    Size(ByteSize),
 }
 
 /// Why a value is refused; the caller knows key and origin.
@@ -107,6 +116,9 @@ impl Kind {
             Self::Tenants => "table",
             Self::Level => "level",
             Self::Switch => "on or off",
+            Self::Choice(_) => "word",
+            Self::Ssd => "list of path=size",
+            Self::Segment => "size",
         }
     }
 
@@ -125,6 +137,9 @@ impl Kind {
             Self::Tenants => "a table of tenants, such as team-a = { uids = [1000] }".to_owned(),
             Self::Level => "one of error, warn, info, debug, trace".to_owned(),
             Self::Switch => "\"on\" or \"off\"".to_owned(),
+            Self::Choice(words) => format!("one of {}", words.join(", ")),
+            Self::Ssd => ssd::EXPECTED.to_owned(),
+            Self::Segment => ssd::SEGMENT_EXPECTED.to_owned(),
         }
     }
 
@@ -146,6 +161,8 @@ impl Kind {
                 let inner = text.trim().trim_start_matches('[').trim_end_matches(']');
                 Raw::List(inner.split(',').filter(|item| !item.trim().is_empty()).map(whole).collect())
             }
+            Self::Ssd => ssd::raw_from_text(text),
+            Self::Segment => whole(text),
             _ => Raw::Text(text.to_owned()),
         }
     }
@@ -180,6 +197,11 @@ impl Kind {
             (Self::Switch, Raw::Text(text)) if text == "on" || text == "off" => {
                 Some(Value::Switch(text == "on"))
             }
+            (Self::Choice(words), Raw::Text(text)) => {
+                words.contains(&text.as_str()).then(|| Value::Text(text.clone()))
+            }
+            (Self::Ssd, raw) => return ssd::read(raw).map(Value::Ssd),
+            (Self::Segment, raw) => ssd::read_segment(raw).map(Value::Size),
             _ => None,
         };
         read.ok_or_else(|| refused(None))
@@ -194,6 +216,8 @@ impl Value {
             Self::Path(path) => quoted(&path.as_deref().map(|p| p.to_string_lossy()).unwrap_or_default()),
             Self::PoolSize(size) => quoted(&size.to_string()),
             Self::Whole(number) => number.to_string(),
+            Self::Ssd(directories) => ssd::toml(directories),
+            Self::Size(size) => quoted(&size.to_string()),
             Self::Switch(on) => quoted(if *on { "on" } else { "off" }),
             Self::Http(HttpListen::Off) => quoted("off"),
             Self::Http(HttpListen::On(address)) => quoted(&address.to_string()),
@@ -209,7 +233,7 @@ impl Value {
     }
 }
 
-fn quoted(text: &str) -> String {
+pub(super) fn quoted(text: &str) -> String {
     toml::Value::String(text.to_owned()).to_string()
 }
 

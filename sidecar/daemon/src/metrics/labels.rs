@@ -73,6 +73,24 @@ label!(
     Tier, "tier":
     /// Host memory.
     Host = "host",
+    /// Local disks.
+    Ssd = "ssd",
+);
+label!(
+    /// Which way a disk moves bytes.
+    Access, "access":
+    /// From the disk.
+    Read = "read",
+    /// To the disk.
+    Write = "write",
+);
+label!(
+    /// What became of a lease request that waited for the SSD.
+    Waited, "outcome":
+    /// All came in time.
+    Whole = "whole",
+    /// Not all did.
+    CutShort = "cut_short",
 );
 label!(
     /// Which half of an engine attached.

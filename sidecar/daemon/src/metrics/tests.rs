@@ -44,6 +44,7 @@ fn totals_are_taken_over_as_they_are() {
         worker_sessions: 2,
         workers: [0, 1, 0, 0],
         worker_restarts: 5,
+        ssd: SsdCounters { blocks_read: 5, leases_waited: 3, leases_cut_short: 1, ..SsdCounters::default() },
         ..CoreCounters::default()
     };
     metrics.set_core(&now);
@@ -56,6 +57,9 @@ fn totals_are_taken_over_as_they_are() {
         ("pillion_jobs_total{direction=\"save\",outcome=\"done\"}", 0.0),
         ("pillion_transferred_bytes_total{direction=\"load\"}", 4096.0),
         ("pillion_used_bytes{tier=\"host\"}", i64::MAX as f64),
+        ("pillion_used_bytes{tier=\"ssd\"}", 0.0),
+        ("pillion_ssd_blocks_total{access=\"read\"}", 5.0),
+        ("pillion_lease_waits_total{outcome=\"whole\"}", 2.0),
         ("pillion_sessions{role=\"worker\"}", 2.0),
         ("pillion_workers{path=\"process_vm\"}", 1.0),
         ("pillion_worker_restarts_total", 5.0),
@@ -106,6 +110,8 @@ fn label_values_know_their_place() {
     check::<Lookup>();
     check::<LeaseOutcome>();
     check::<Skip>();
+    check::<Access>();
+    check::<Waited>();
     check::<Refusal>();
 }
 

@@ -11,6 +11,7 @@ pub fn print(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> 
     sessions(report, out)?;
     work(report, out)?;
     report.tiers.iter().try_for_each(|tier| self::tier(tier, out))?;
+    report.ssd.print(out)?;
     faults(report, out)
 }
 
@@ -72,8 +73,12 @@ fn session_line(it: &SessionStatus) -> String {
     );
     if let Some(memory) = &it.registration {
         let (path, layout, canary) = (safe(&memory.path), safe(&memory.layout), safe(&memory.canary));
-        let (blocks, bytes) = (memory.blocks, approximate(memory.block_bytes));
-        line += &format!("; {path} {layout}, {blocks} blocks of {bytes}, canary {canary}");
+        let bytes: Vec<String> = memory.block_bytes.iter().map(|bytes| approximate(*bytes)).collect();
+        let bytes = match bytes.as_slice() {
+            [one] => one.clone(),
+            groups => format!("{} groups ({})", groups.len(), groups.join(", ")),
+        };
+        line += &format!("; {path} {layout}, {} blocks of {bytes}, canary {canary}", memory.blocks);
     }
     if let Some(reason) = &it.refused {
         line += &format!("; REFUSED, runs uncached: {}", safe(reason));
@@ -142,7 +147,7 @@ fn duration(seconds: u64) -> String {
 }
 
 /// Peers choose some of these strings; a terminal must not obey them.
-fn safe(text: &str) -> String {
+pub(super) fn safe(text: &str) -> String {
     let shown = |c: char| if c.is_control() { '\u{fffd}' } else { c };
     text.chars().take(200).map(shown).collect()
 }

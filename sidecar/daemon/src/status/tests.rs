@@ -1,4 +1,21 @@
 use super::*;
+use crate::metrics::SsdCounters;
+
+fn directories() -> Vec<SsdDirectoryStatus> {
+    let one = SsdDirectoryStatus {
+        path: "/ssd/a".to_owned(),
+        engine: "threads".to_owned(),
+        refused: Some("io_uring is refused: not permitted".to_owned()),
+        capacity_bytes: 1 << 30,
+        used_bytes: 9 << 20,
+        records: 9,
+        segments: 2,
+        segment_bytes: 32 << 20,
+        retired: 1,
+        read_only: true,
+    };
+    vec![one, SsdDirectoryStatus { path: "/ssd/b".to_owned(), ..SsdDirectoryStatus::default() }]
+}
 
 fn report() -> StatusReport {
     let counters = CoreCounters {
@@ -17,6 +34,7 @@ fn report() -> StatusReport {
         blocks_loaded: 300,
         bytes_loaded: 300 << 12,
         worker_restarts: 1,
+        ssd: SsdCounters { records: 7, blocks_written: 9, bytes_written: 9 << 20, ..SsdCounters::default() },
         ..CoreCounters::default()
     };
     let mut report = StatusReport {
@@ -55,11 +73,12 @@ fn report() -> StatusReport {
                     path: "memfd".to_owned(),
                     layout: "LBHNC".to_owned(),
                     blocks: 512,
-                    block_bytes: 4096,
+                    block_bytes: vec![4096],
                     canary: "compared".to_owned(),
                 }),
             },
         ],
+        ssd: SsdStatus { mode: "write_back".to_owned(), directories: directories(), ..SsdStatus::default() },
         ..StatusReport::default()
     };
     report.refused.push(RefusedStatus {
@@ -97,6 +116,13 @@ tier host
   loaded      300 blocks, 1.2 MiB
   saved       0 blocks, 0 B; 0 stored already, 0 without room
   evicted     0 blocks
+tier ssd, write_back
+  /ssd/a  9.0 MiB of 1.0 GiB used, 9 blocks, 2 segments of 32.0 MiB, threads (io_uring is refused: not permitted); 1 segments RETIRED after errors; READ ONLY after too many errors
+  /ssd/b  being recovered
+  blocks      7 can be found, 0 of tenants that have not attached, 0 dropped
+  written     9 blocks, 9.0 MiB; 0 waiting, 0 left the pool before, 0 failed
+  read        0 blocks, 0 B; 0 failed, of these 0 damaged
+  waited for  by 0 lookups, 0 of them cut short
 faults        0 checksum failures, 0 identity mismatches, 0 protocol errors
 ";
     assert_eq!(String::from_utf8(out).unwrap(), expected);

@@ -18,7 +18,7 @@ use std::fmt;
 use crc_fast::CrcAlgorithm;
 
 /// The version that this code writes, and the only one that it reads.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The unit of everything: O_DIRECT's alignment on every device that matters, and what a modern one writes
 /// atomically.
 pub const SECTOR: usize = 4096;
@@ -28,6 +28,11 @@ pub const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
 pub const OVERHEAD: u64 = 2 * SECTOR as u64;
 
 const CRC_AT: usize = SECTOR - 8;
+
+/// What a payload of so many bytes takes: whole sectors, the rest of the last one zeros.
+pub fn padded(bytes: u64) -> u64 {
+    bytes.next_multiple_of(SECTOR as u64)
+}
 
 /// Identity of a record: the sidecar's `BlockKey`. The tenant is inside.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{
     OVERHEAD, PAYLOAD_BYTES_MAX, Reader, RecordKey, Refused, SECTOR, SegmentId, SpaceId, Writer, checksum,
-    peek, prove,
+    padded, peek, prove,
 };
 
 const HEAD: &[u8; 8] = b"PLNHEAD\x01";
@@ -31,9 +31,9 @@ pub struct RecordMeta {
     pub tenant: Arc<str>,
     /// The byte format of the payload, as the namespace names it.
     pub format: Arc<str>,
-    /// Length of the payload.
+    /// Length of the payload, without the zeros that fill its last sector.
     pub bytes: u64,
-    /// CRC-64/NVME of the payload.
+    /// CRC-64/NVME of the payload, without these zeros.
     pub checksum: u64,
 }
 
@@ -43,9 +43,8 @@ impl RecordMeta {
     /// # Errors
     /// The field that is out of bounds.
     pub fn check(&self) -> Result<(), Refused> {
-        let whole = self.bytes > 0 && self.bytes.is_multiple_of(SECTOR as u64);
-        if !whole || self.bytes > PAYLOAD_BYTES_MAX {
-            return Err(Refused::Malformed("payload length (a multiple of 4096, at most 64 MiB)"));
+        if !(1..=PAYLOAD_BYTES_MAX).contains(&self.bytes) {
+            return Err(Refused::Malformed("payload length (1 byte to 64 MiB)"));
         }
         if self.tenant.len() > TENANT_BYTES_MAX {
             return Err(Refused::Malformed("tenant name (at most 256 bytes)"));
@@ -58,7 +57,7 @@ impl RecordMeta {
 
     /// Bytes on the disk.
     pub fn footprint(&self) -> u64 {
-        self.bytes + OVERHEAD
+        padded(self.bytes) + OVERHEAD
     }
 }
 
@@ -173,7 +172,7 @@ impl RecordHeader {
             key: self.meta.key,
             segment: self.segment,
             sequence: self.sequence,
-            position: self.position + SECTOR as u64 + self.meta.bytes,
+            position: self.position + SECTOR as u64 + padded(self.meta.bytes),
             header_checksum,
             payload_checksum: self.meta.checksum,
         }
@@ -251,14 +250,19 @@ pub struct VerifiedRecord<'a> {
 }
 
 impl<'a> VerifiedRecord<'a> {
-    /// Compares the header with what was asked for, then its checksum, then the payload's.
+    /// Compares the header with what was asked for, then its checksum, then the payload's. `payload` is the whole
+    /// sectors that it lies in.
     ///
     /// # Errors
     /// The first thing that differs.
     pub fn verify(asked: &Asked, header: &[u8], payload: &'a [u8]) -> Result<Self, Refused> {
         let header = RecordHeader::expect(header, asked)?;
-        if payload.len() as u64 != header.meta.bytes {
+        if payload.len() as u64 != padded(header.meta.bytes) {
             return Err(Refused::Other("payload length"));
+        }
+        let (payload, padding) = payload.split_at(header.meta.bytes as usize);
+        if padding.iter().any(|byte| *byte != 0) {
+            return Err(Refused::Malformed("padding of the payload"));
         }
         if checksum(payload) != header.meta.checksum {
             return Err(Refused::Checksum("payload"));

@@ -1,22 +1,22 @@
 //! Making room: a whole segment goes, what is hot in it is written again first.
 
-use super::{DropReason, Location, Owner, Pending, Put, State, Store};
+use super::{DropReason, Location, Owner, Pending, Put, Source, State, Store};
 use crate::{
     device::{IoError, Part, What},
     error::GetError,
-    format::{Asked, RecordKey, SECTOR},
+    format::{Asked, OVERHEAD, RecordKey, SECTOR, padded},
     memory::Aligned,
 };
 
 impl Store {
     /// Empties a segment: the one named, or else one without live records, or else the oldest. Records that
-    /// `keep` wants are written again, up to half of a segment's length; the others are dropped. The file's
+    /// `keep` wants (it is told whether one was read since it was written) are written again, up to half of a segment's length; the others are dropped. The file's
     /// next life begins when that is durable and nobody reads it any more. `None`: there is nothing to evict.
     pub fn evict(
         &mut self,
         shelf: usize,
         slot: Option<u32>,
-        mut keep: impl FnMut(&RecordKey) -> bool,
+        mut keep: impl FnMut(&RecordKey, bool) -> bool,
     ) -> Option<u32> {
         self.shelves[shelf].asked_for_room = false;
         let sealed = |view: &super::SegmentView| {
@@ -34,8 +34,8 @@ impl Store {
         let keys: Vec<RecordKey> = self.live_keys(shelf, victim).collect();
         for key in keys {
             let Some(location) = self.index.get(&key).copied() else { continue };
-            let bytes = location.bytes + crate::format::OVERHEAD;
-            if bytes <= room && !self.shelves[shelf].read_only && keep(&key) {
+            let bytes = padded(location.bytes) + OVERHEAD;
+            if bytes <= room && !self.shelves[shelf].read_only && keep(&key, self.read.contains(&key)) {
                 room -= bytes;
                 self.shelves[shelf].relocate.push_back((key, location));
                 self.shelves[shelf].relocations += 1;
@@ -80,10 +80,15 @@ impl Store {
             Ok(()) => Self::header_of(asked, &parts).map_err(GetError::Corrupt),
         };
         match (header, parts.pop()) {
-            (Ok(header), Some(source)) => {
+            (Ok(header), Some(Part::Owned(payload))) => {
                 self.shelves[shelf].load += header.meta.footprint();
                 // Durable: the old copy may be one that was acknowledged as such.
-                let put = Put { owner: Owner::Relocation(from), meta: header.meta, source, durable: true };
+                let put = Put {
+                    owner: Owner::Relocation(from),
+                    meta: header.meta,
+                    source: Source::Owned(payload),
+                    durable: true,
+                };
                 self.shelves[shelf].queue.push_front(put);
             }
             (header, _) => {

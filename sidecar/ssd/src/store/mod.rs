@@ -9,7 +9,7 @@ mod tests;
 mod write;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -24,7 +24,7 @@ use crate::{
 };
 
 use segment::{Segment, Shelf};
-pub use segment::{SegmentView, State};
+pub use segment::{SegmentView, ShelfView, State};
 
 /// Bounds of a store.
 #[derive(Debug, Clone, Copy)]
@@ -163,8 +163,17 @@ enum Owner {
 struct Put {
     owner: Owner,
     meta: RecordMeta,
-    source: Part,
+    source: Source,
     durable: bool,
+}
+
+/// Where a record's bytes are until they are written.
+#[derive(Debug)]
+enum Source {
+    /// In the pool.
+    Pool(Extent),
+    /// Read from elsewhere on the disk: whole sectors.
+    Owned(Aligned),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -215,6 +224,8 @@ pub struct Life<'a> {
 pub struct Store {
     shelves: Vec<Shelf>,
     index: HashMap<RecordKey, Location>,
+    /// Of these, what was read since it was written.
+    read: HashSet<RecordKey>,
     /// Keys that wait or are being written, each with its put's token.
     writing: HashMap<RecordKey, u64>,
     pending: HashMap<u64, (u16, u32, Pending)>,
@@ -248,6 +259,7 @@ impl Store {
         Self {
             shelves: directories.iter().map(|(block, slots)| Shelf::new(*block, *slots)).collect(),
             index: HashMap::new(),
+            read: HashSet::new(),
             writing: HashMap::new(),
             pending: HashMap::new(),
             actions: VecDeque::new(),
@@ -341,7 +353,7 @@ impl Store {
         durable: bool,
     ) -> Result<(), PutError> {
         meta.check().map_err(PutError::Record)?;
-        if extent.bytes != meta.bytes || !self.memory.holds(extent) {
+        if extent.bytes != meta.bytes || !self.memory.holds(extent.padded()) {
             return Err(PutError::Extent);
         }
         if self.writing.contains_key(&meta.key) {
@@ -371,7 +383,7 @@ impl Store {
         self.shelves[shelf].queue.push_back(Put {
             owner: Owner::Caller(token),
             meta,
-            source: Part::Pool(extent),
+            source: Source::Pool(extent),
             durable,
         });
         self.pump(shelf);
@@ -392,20 +404,21 @@ impl Store {
         }
     }
 
-    /// Reads a record into an extent of its length. Its one ending comes as an action with this token.
+    /// Reads a record into an extent of its length; where that ends in the middle of a sector, what follows up to
+    /// the sector's end is written, too. Its one ending comes as an action with this token.
     ///
     /// # Errors
     /// Why it was not begun; no action follows.
     pub fn get(&mut self, token: u64, key: RecordKey, extent: Extent) -> Result<(), GetError> {
         let location = *self.index.get(&key).ok_or(GetError::Missing)?;
-        if extent.bytes != location.bytes || !self.memory.holds(extent) {
+        if extent.bytes != location.bytes || !self.memory.holds(extent.padded()) {
             return Err(GetError::Extent { expected: location.bytes });
         }
         if self.gets >= self.limits.gets_max {
             return Err(GetError::Busy);
         }
         self.gets += 1;
-        let asked = self.asked(key, location);
+        let (asked, extent) = (self.asked(key, location), extent.padded());
         let parts = vec![Part::Owned(Aligned::zeroed(SECTOR)), Part::Pool(extent)];
         self.segment(location).readers += 1;
         self.io(
@@ -444,6 +457,7 @@ impl Store {
 
     fn displace(&mut self, key: &RecordKey) -> Option<Location> {
         let location = self.index.remove(key)?;
+        self.read.remove(key);
         let segment = self.segment(location);
         segment.live -= 1;
         segment.live_bytes -= location.bytes;
@@ -511,6 +525,9 @@ impl Store {
         match proved {
             Ok(checksum) => {
                 self.counters.loaded += 1;
+                if self.index.contains_key(&key) {
+                    self.read.insert(key);
+                }
                 self.actions.push_back(Action::Loaded { token, key, checksum });
             }
             Err(error) => {
@@ -546,6 +563,11 @@ impl Store {
     /// What segments there are: for whoever decides what to evict.
     pub fn segments(&self, shelf: usize) -> impl Iterator<Item = SegmentView> + '_ {
         self.shelves[shelf].views()
+    }
+
+    /// The directories, in their order: for people.
+    pub fn shelves(&self) -> Vec<ShelfView> {
+        self.shelves.iter().map(Shelf::view).collect()
     }
 
     /// Live records of a segment.

@@ -58,6 +58,23 @@ pub struct SegmentView {
     pub readers: u32,
 }
 
+/// A directory, for people.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ShelfView {
+    /// Bytes of segment files, at most.
+    pub capacity_bytes: u64,
+    /// Bytes on the disk of records that can be got.
+    pub used_bytes: u64,
+    /// Those records.
+    pub records: u64,
+    /// Segment files that are there.
+    pub segments: u32,
+    /// Of these, not written again after an error.
+    pub retired: u32,
+    /// Nothing is written any more.
+    pub is_read_only: bool,
+}
+
 #[derive(Debug)]
 pub(super) struct Segment {
     pub(super) state: State,
@@ -165,6 +182,20 @@ impl Shelf {
             first_sequence: segment.first_sequence,
             readers: segment.readers,
         })
+    }
+
+    pub(super) fn view(&self) -> ShelfView {
+        let count = |is: fn(&State) -> bool| self.segments.iter().filter(|one| is(&one.state)).count() as u32;
+        let records: u64 = self.segments.iter().map(|segment| u64::from(segment.live)).sum();
+        let payloads: u64 = self.segments.iter().map(|segment| segment.live_bytes).sum();
+        ShelfView {
+            capacity_bytes: self.segments.len() as u64 * self.block.segment_bytes,
+            used_bytes: payloads + records * OVERHEAD,
+            records,
+            segments: count(|state| !matches!(state, State::Absent | State::NoSpace)),
+            retired: count(|state| *state == State::Retired),
+            is_read_only: self.read_only,
+        }
     }
 
     /// A segment for a new life: files that are there first.

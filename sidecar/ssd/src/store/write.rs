@@ -1,11 +1,11 @@
 //! Writing: whole records gathered into large writes.
 
-use super::{Ack, Action, Owner, Pending, Put, Store};
+use super::{Ack, Action, Owner, Pending, Put, Source, Store};
 use crate::{
     device::{IoError, Part, What},
     error::PutError,
     format::{Entry, RecordKey, SECTOR},
-    memory::Aligned,
+    memory::{Aligned, Memory},
     store::{Location, State},
 };
 
@@ -113,7 +113,7 @@ impl Store {
             return true;
         }
         writer.in_flight += 1;
-        let parts = gather(&mut puts);
+        let parts = gather(&self.memory, &mut puts);
         self.io(shelf, slot, What::Write, at, parts, Pending::Batch(puts));
         true
     }
@@ -216,29 +216,46 @@ impl Store {
     }
 }
 
-/// Header, payload, commit; a commit and the next header are neighbours and share a buffer.
-fn gather(puts: &mut [(Put, Entry)]) -> Vec<Part> {
+/// Header, payload, commit. What lies between two payloads is one buffer: the end of the one that fills no sector,
+/// its commit, the next header.
+fn gather(memory: &Memory, puts: &mut [(Put, Entry)]) -> Vec<Part> {
     let mut parts = Vec::with_capacity(2 * puts.len() + 1);
-    let mut commit_before: Option<crate::format::Commit> = None;
+    let mut between = Between::default();
     for (put, entry) in puts.iter_mut() {
-        let head_at = if commit_before.is_some() { SECTOR } else { 0 };
-        let mut between = Aligned::zeroed(head_at + SECTOR);
-        if let Some(commit) = commit_before.take() {
-            commit.encode(&mut between.bytes_mut()[..SECTOR]);
+        let sum = between.sector(|sector| entry.encode(sector));
+        parts.push(Part::Owned(between.take()));
+        match std::mem::replace(&mut put.source, Source::Owned(Aligned::zeroed(0))) {
+            Source::Pool(extent) => {
+                let whole = extent.whole();
+                parts.extend((whole.bytes > 0).then_some(Part::Pool(whole)));
+                // Checked when the put was taken.
+                if let Some(tail) = memory.tail(extent).filter(|tail| !tail.is_empty()) {
+                    between.sector(|sector| sector.copy_from_slice(tail.bytes()));
+                }
+            }
+            Source::Owned(payload) => parts.push(Part::Owned(payload)),
         }
-        let sum = entry.encode(&mut between.bytes_mut()[head_at..]);
-        commit_before = Some(entry.commit(sum));
-        parts.push(Part::Owned(between));
-        let empty = Part::Owned(Aligned::zeroed(0));
-        parts.push(match &put.source {
-            Part::Pool(extent) => Part::Pool(*extent),
-            Part::Owned(_) => std::mem::replace(&mut put.source, empty),
-        });
+        between.sector(|sector| entry.commit(sum).encode(sector));
     }
-    if let Some(commit) = commit_before {
-        let mut last = Aligned::zeroed(SECTOR);
-        commit.encode(last.bytes_mut());
-        parts.push(Part::Owned(last));
-    }
+    parts.push(Part::Owned(between.take()));
     parts
+}
+
+/// At most three sectors in a row.
+#[derive(Default)]
+struct Between(Option<(Aligned, usize)>);
+
+impl Between {
+    fn sector<R>(&mut self, fill: impl FnOnce(&mut [u8]) -> R) -> R {
+        let (buffer, count) = self.0.get_or_insert_with(|| (Aligned::zeroed(3 * SECTOR), 0));
+        let at = *count * SECTOR;
+        *count += 1;
+        fill(&mut buffer.bytes_mut()[at..at + SECTOR])
+    }
+
+    fn take(&mut self) -> Aligned {
+        let (mut buffer, count) = self.0.take().unwrap_or_else(|| (Aligned::zeroed(0), 0));
+        buffer.truncate(count * SECTOR);
+        buffer
+    }
 }

@@ -46,7 +46,9 @@ fn record(n: u64) -> Known {
 fn make(n: u64) -> (RecordMeta, Vec<u8>) {
     let mut dice = Dice::new(n + 1);
     let sectors = 1 + n as usize % 3;
-    let bytes: Vec<u8> = (0..sectors * SECTOR / 8).flat_map(|_| dice.roll().to_le_bytes()).collect();
+    let mut bytes: Vec<u8> = (0..sectors * SECTOR / 8).flat_map(|_| dice.roll().to_le_bytes()).collect();
+    // Some end in the middle of a sector.
+    bytes.truncate(bytes.len() - [0, 0, 1, 4095, 1000][n as usize % 5]);
     let meta = RecordMeta {
         key: key(n),
         space: SpaceId([3; 16]),
@@ -145,7 +147,13 @@ impl World {
     fn put(&mut self, n: u64, durable: bool) -> Result<(), PutError> {
         let meta = meta(n);
         let extent = self.lane(meta.bytes);
-        self.memory.with_mut(extent, |lane| lane.copy_from_slice(&record(n).1)).unwrap();
+        let bytes = meta.bytes as usize;
+        let fill = |lane: &mut [u8]| {
+            // What lies behind a record is somebody else's.
+            lane.fill(0xee);
+            lane[..bytes].copy_from_slice(&record(n).1);
+        };
+        self.memory.with_mut(extent.padded(), fill).unwrap();
         self.store.put(n, meta, extent, durable)?;
         self.puts += 1;
         Ok(())
@@ -216,7 +224,8 @@ impl World {
             Action::Loaded { token, key, checksum } => {
                 let n = number(&key);
                 let extent = Extent { offset: (token & 0xff) * LANE, bytes: meta(n).bytes };
-                let right = self.memory.with(extent, |lane| lane == record(n).1).unwrap();
+                let bytes = extent.bytes as usize;
+                let right = self.memory.with(extent.padded(), |lane| lane[..bytes] == record(n).1).unwrap();
                 self.seen.wrong_bytes += u64::from(!right || checksum != meta(n).checksum || token >> 8 != n);
                 self.seen.loaded.insert(n);
                 self.gets -= 1;
@@ -231,7 +240,7 @@ impl World {
             }
             Action::WantsRoom { shelf } => {
                 let hot = self.hot.clone();
-                self.store.evict(shelf, None, |key| hot.contains(&number(key)));
+                self.store.evict(shelf, None, |key, _| hot.contains(&number(key)));
             }
             Action::ReadOnly { .. } => self.seen.read_only = true,
         }

@@ -12,7 +12,7 @@ from pillion.vllm import support
 from pillion.vllm.hits import FULL, STATE, WINDOW, Group, Hits
 from pillion.vllm.ranks import Ranks
 from unit.fake_native import FakeNative, FakeRanks
-from unit.test_groups import MODELS
+from unit.test_group_flow import MODELS
 from unit.test_scheduler_random import disturb
 from unit.vllm_harness import Engine, expected
 

@@ -1,0 +1,103 @@
+//! Metrics of the SSD tier. They exist, at zero, without one, too.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::registry::{Registry, Unit};
+
+use super::labels::{Access, PerLabel, Waited};
+use super::{Whole, level, plain, store};
+
+/// What the core and the tier count of the SSD.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SsdCounters {
+    /// Records that can be found, now.
+    pub records: u64,
+    /// Recovered records whose tenant has not attached, now.
+    pub hidden_records: u64,
+    /// Bytes on the disks that can be read, now.
+    pub used_bytes: u64,
+    /// Bytes that all directories may take.
+    pub capacity_bytes: u64,
+    /// Blocks that wait to be written or are being written, now.
+    pub writes_waiting: u64,
+    /// Blocks written.
+    pub blocks_written: u64,
+    /// Their bytes.
+    pub bytes_written: u64,
+    /// Blocks read and proved.
+    pub blocks_read: u64,
+    /// Their bytes.
+    pub bytes_read: u64,
+    /// Blocks that left the host pool before their turn to be written came.
+    pub unwritten: u64,
+    /// Writes that failed.
+    pub write_failures: u64,
+    /// Reads that failed, damaged blocks included.
+    pub read_failures: u64,
+    /// Blocks whose bytes had changed.
+    pub corrupt: u64,
+    /// Blocks that are not there any more.
+    pub dropped: u64,
+    /// Lease requests that waited.
+    pub leases_waited: u64,
+    /// Of these, answered before all was there.
+    pub leases_cut_short: u64,
+    /// Segments that are not written again after an error, now.
+    pub retired_segments: u64,
+    /// Directories that take no writes any more, now.
+    pub read_only_directories: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct SsdMetrics {
+    hidden: Whole,
+    waiting: Whole,
+    retired: Whole,
+    read_only: Whole,
+    blocks: PerLabel<Access, Counter>,
+    bytes: PerLabel<Access, Counter>,
+    failures: PerLabel<Access, Counter>,
+    unwritten: Counter,
+    waits: PerLabel<Waited, Counter>,
+}
+
+impl SsdMetrics {
+    pub(super) fn new(r: &mut Registry) -> Self {
+        let counters = Counter::<u64>::default;
+        let help = "Lease requests that waited for the SSD: granted whole, or cut_short after ssd_wait_ms";
+        let waits = PerLabel::register(r, "lease_waits", help, None, counters);
+        let help = "Blocks on the SSD whose tenant has not attached since the start";
+        let hidden = plain(r, "ssd_hidden_records", help, None);
+        let help = "Blocks that wait to be written to the SSD or are being written";
+        let waiting = plain(r, "ssd_write_queue_blocks", help, None);
+        let help = "Segment files that are not written again after an error";
+        let retired = plain(r, "ssd_retired_segments", help, None);
+        let help = "SSD directories that take no writes any more after too many errors";
+        let read_only = plain(r, "ssd_read_only_directories", help, None);
+        let help = "Blocks read from the SSD and written to it";
+        let blocks = PerLabel::register(r, "ssd_blocks", help, None, counters);
+        let help = "Bytes of blocks read from the SSD and written to it";
+        let bytes = PerLabel::register(r, "ssd_transferred", help, Some(Unit::Bytes), counters);
+        let help = "Blocks whose reading or writing failed";
+        let failures = PerLabel::register(r, "ssd_failures", help, None, counters);
+        let help = "Blocks that left the host pool before they were written to the SSD";
+        let unwritten = plain(r, "ssd_unwritten_blocks", help, None);
+        Self { hidden, waiting, retired, read_only, blocks, bytes, failures, unwritten, waits }
+    }
+
+    pub(super) fn set(&self, now: &SsdCounters) {
+        level(&self.hidden, now.hidden_records);
+        level(&self.waiting, now.writes_waiting);
+        level(&self.retired, now.retired_segments);
+        level(&self.read_only, now.read_only_directories);
+        store(self.blocks.at(Access::Read), now.blocks_read);
+        store(self.blocks.at(Access::Write), now.blocks_written);
+        store(self.bytes.at(Access::Read), now.bytes_read);
+        store(self.bytes.at(Access::Write), now.bytes_written);
+        store(self.failures.at(Access::Read), now.read_failures);
+        store(self.failures.at(Access::Write), now.write_failures);
+        store(&self.unwritten, now.unwritten);
+        // One that waits right now is neither.
+        store(self.waits.at(Waited::Whole), now.leases_waited.saturating_sub(now.leases_cut_short));
+        store(self.waits.at(Waited::CutShort), now.leases_cut_short);
+    }
+}
