@@ -24,7 +24,7 @@ pub enum Command {
     Status(StatusArgs),
     /// Show the GPUs that the CUDA driver sees, and the names of their sidecars
     Devices(DevicesArgs),
-    /// Check what this machine, its folders and its sidecar are fit for
+    /// Check what this machine, its folders and its sidecar are fit for, or a directory of the SSD tier
     Doctor(DoctorArgs),
     /// Look at the configuration
     #[command(subcommand)]
@@ -73,6 +73,9 @@ pub struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Instead of the machine, verify this directory of the SSD tier; reads all of it, writes nothing
+    #[arg(long = "ssd", value_name = "DIR")]
+    pub ssd: Option<PathBuf>,
     /// Which sidecar.
     #[command(flatten)]
     pub config: ConfigArgs,
@@ -247,6 +250,10 @@ mod tests {
     fn the_other_commands() {
         assert!(matches!(parsed("pillion status --json"), Ok(Command::Status(args)) if args.json));
         assert!(matches!(parsed("pillion doctor --device cpu1"), Ok(Command::Doctor(args)) if !args.json));
+        assert!(matches!(
+            parsed("pillion doctor --ssd /x --json"),
+            Ok(Command::Doctor(args)) if args.ssd == Some("/x".into())
+        ));
         assert!(matches!(
             parsed("pillion config check"),
             Ok(Command::Config(ConfigCommand::Check { file: None }))
