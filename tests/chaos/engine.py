@@ -143,6 +143,8 @@ class FakeEngine:
     call_seconds: float = CALL_SECONDS
     launch: Sequence[str] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, int] = field(default_factory=dict)
+    """Of the registration."""
 
     def __post_init__(self) -> None:
         self.jobs: dict[bytes, Job] = {}
@@ -191,24 +193,38 @@ class FakeEngine:
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) if self.memfd < 0 else 0
         return {"memfd": self.memfd, "base": base}
 
-    def register(self) -> None:
+    def describe(self, order: str) -> None:
+        """Tells the client how one group of full attention lies in the memory."""
         shape = self.shape
-        names = [f"layers.{index}" for index in range(shape.layers)]
-        self.worker.register(
-            layout=shape.order,
+        layer_stride, block_stride = shape.strides
+        half = shape.content // 2
+        pages = {
+            "size": shape.total,
+            "offset": 0,
+            "layer_stride": layer_stride,
+            "block_stride": block_stride,
+            "layers": [f"layers.{index}" for index in range(shape.layers)],
+            "heads": shape.heads,
+            "states": shape.states,
+            "content_bytes": shape.content,
+            "page_bytes": shape.page,
+            "kernel_blocks": 1,
+            "packing": f"kv total_heads={shape.heads} key={half} value={half} dtype={shape.dtype}",
+        }
+        self.worker.describe(
+            layout=order,
             num_blocks=shape.blocks,
-            block_tokens=shape.states,
-            dtype=shape.dtype,
-            kind="FullAttentionSpec",
-            heads=shape.heads,
-            states=shape.states,
-            content_bytes=shape.content,
-            page_bytes=shape.page,
-            tensors=[(shape.total, 0, *shape.strides, names)],
             memory_bytes=shape.total,
-            canary_seed=self.seed,
+            rank=0,
+            world=1,
+            groups=[{"block_tokens": shape.states, "pages": [pages]}],
             **self._place(),
         )
+
+    def register(self) -> None:
+        self.describe(self.shape.order)
+        self.worker.check_canary(0, self.seed)
+        self.worker.register(**self.options)
 
     # ---- memory ----------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 
 from chaos import wire
 from chaos.conftest import World
-from chaos.engine import Traffic, chain
+from chaos.engine import F_ADD_SEALS, SEALS, Traffic, chain
 from chaos.sidecar import Sidecar, until
 from chaos.wire import Raw
 
@@ -235,28 +236,93 @@ def test_a_registration_with_the_wrong_memory_is_refused_with_the_reason(world: 
     unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 1 << 20)
     null = os.open("/dev/null", os.O_RDWR)
-    one = b"".join(n.to_bytes(8, "little") for n in (1,))
-
-    def register(way: int, base: int) -> bytes:
-        return wire.table(
-            *(("Q", 1), ["model"], ["m"], "LBHNC", "FullAttentionSpec", "float32", ("Q", 256), ("I", 16)),
-            *(("I", 1), ("I", 16), ("I", 256), ("Q", 4096), one, one, one, one, b"\1\0\0\0", ["l"]),
-            *(("B", way), ("Q", 1 << 20), ("Q", base), ("Q", 7), ("B", 1), ("B", 1)),
-        )
-
     with honest(world, sidecar):
         for fd in (unsealed, null, None):
             for way, base in ((0, 0), (1, 0), (1, 2**64 - 4096)):
                 raw = Raw(sidecar.socket, wire.hello(role=wire.WORKER))
                 raw.expect(wire.WELCOME)
-                raw.send(
-                    wire.frame(wire.REGISTER, register(way, base), fds=int(fd is not None)),
-                    [fd] if fd else None,
-                )
-                raw.expect(wire.REFUSED)
+                payload = wire.register(way=("B", way), base=("Q", base))
+                raw.send(wire.frame(wire.REGISTER, payload, fds=int(fd is not None)), [fd] if fd else None)
+                told = raw.expect(wire.REFUSED)
+                assert not (b"columns" in told or b"canary" in told), f"refused for another reason: {told!r}"
                 raw.close()
     os.close(unsealed)
     os.close(null)
+
+
+HOSTILE_REGISTRATIONS: dict[str, tuple[dict[str, wire.Field], bytes]] = {
+    "no groups": (
+        {
+            **{name: wire.u32() for name in ("group_block_tokens", "group_fields", "group_pages")},
+            "keys": [],
+            "values": [],
+        },
+        b"expected columns of equal length",
+    ),
+    "65 groups": (
+        {name: wire.u32(*[0] * 65) for name in ("group_block_tokens", "group_fields", "group_pages")},
+        b"at most 64 KV cache groups",
+    ),
+    "groups of two lengths": ({"group_pages": wire.u32(1, 1)}, b"at most 64 KV cache groups"),
+    "more fields than there are": ({"group_fields": wire.u32(2)}, b"1 to 256 namespace fields"),
+    "fewer fields than there are": ({"keys": ["a", "b"], "values": ["a", "b"]}, b"and no more"),
+    "a field without a value": ({"values": []}, b"1 to 256 namespace fields"),
+    "no fields": ({"keys": [], "values": [], "group_fields": wire.u32(0)}, b"1 to 256 namespace fields"),
+    "one namespace for two groups": (
+        {
+            "group_block_tokens": wire.u32(16, 16),
+            "group_fields": wire.u32(1, 1),
+            "group_pages": wire.u32(1, 0),
+            "keys": ["model", "model"],
+            "values": ["m", "m"],
+        },
+        b"a namespace of its own",
+    ),
+    "more pages than there are": ({"group_pages": wire.u32(2)}, b"columns of equal length"),
+    "4 billion pages": ({"group_pages": wire.u32(2**32 - 1)}, b"columns of equal length"),
+    "fewer pages than there are": ({"group_pages": wire.u32(0)}, b"columns of equal length"),
+    "pages of two lengths": ({"page_heads": wire.u32(1, 1)}, b"columns of equal length"),
+    "more layers than there are": ({"page_layers": wire.u32(2**32 - 1)}, b"columns of equal length"),
+    "a layer of no page": ({"layer_names": ["l", "m"]}, b"columns of equal length"),
+    "65537 layers": (
+        {"page_layers": wire.u32(65537), "layer_names": [f"{n}" for n in range(65537)]},
+        b"at most 65536",
+    ),
+    "a layer twice": ({"page_layers": wire.u32(2), "layer_names": ["l", "l"]}, b"each layer once"),
+    "an order of its own": ({"layout": "HCNBL"}, b"kv cache order"),
+    "a packing of its own": ({"page_packings": ["bytes"]}, b"packing of a page"),
+    "a rank beyond its world": ({"rank": ("I", 1)}, b"expected one below 1, got 1"),
+    "no world": ({"world": ("I", 0)}, b"expected one below 0"),
+    "2^63 blocks": ({"num_blocks": ("Q", 2**63)}, b""),
+    "a page of 2^64 bytes": ({"page_bytes": wire.u64(2**64 - 1)}, b""),
+    "states of 2^32 bytes": (
+        {"page_content_bytes": wire.u32(2**32 - 1), "page_heads": wire.u32(2**32 - 1)},
+        b"",
+    ),
+    "no kernel blocks": ({"page_kernel_blocks": wire.u32(0)}, b"kernel blocks"),
+    "the canary of no group": ({"canary_group": ("I", 1)}, b"the canary of a group below 1"),
+    "a canary that nobody wrote": ({}, b"layout canary"),
+    "no canary, and no proof of one": (
+        {"canary_fresh": ("B", 0), "canary_checked": ("B", 0)},
+        b"expected the layout canary, or proof",
+    ),
+}
+
+
+def test_registrations_that_make_no_sense_are_refused_with_the_reason(world: World) -> None:
+    sidecar = world.sidecar()
+    memory = os.memfd_create("kv", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memory, 1 << 20)
+    fcntl.fcntl(memory, F_ADD_SEALS, SEALS)
+    with honest(world, sidecar):
+        for name, (changed, reason) in HOSTILE_REGISTRATIONS.items():
+            raw = Raw(sidecar.socket, wire.hello(role=wire.WORKER))
+            raw.expect(wire.WELCOME)
+            raw.send(wire.frame(wire.REGISTER, wire.register(**changed), fds=1), [memory])
+            told = raw.expect(wire.REFUSED)
+            assert reason in told, f"{name} is refused for another reason: {told!r}"
+            raw.close()
+    os.close(memory)
 
 
 def test_a_storm_of_connections_is_told_that_it_is_busy(world: World) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from chaos.conftest import World
-from chaos.engine import CANCELLED, DONE, FAILED, Shape, Traffic, chain
+from chaos.engine import CANCELLED, DONE, FAILED, Shape, Traffic, canary, chain
 from chaos.sidecar import until
 
 
@@ -257,21 +257,11 @@ def test_many_engines_of_both_ways_share_one_sidecar(world: World) -> None:
 
 def test_a_layout_that_is_not_what_was_declared_is_refused_before_any_block_moves(world: World) -> None:
     engine = world.engine(world.sidecar())
-    shape = engine.shape
-    names = [f"layers.{index}" for index in range(shape.layers)]
+    engine.write(0, canary(engine.seed, engine.record_bytes))
+    engine.describe("LBNHC")
     with pytest.raises(ValueError, match="canary"):
-        engine.worker.register(
-            layout="LBNHC",
-            num_blocks=shape.blocks,
-            block_tokens=shape.states,
-            dtype=shape.dtype,
-            kind="FullAttentionSpec",
-            heads=shape.heads,
-            states=shape.states,
-            content_bytes=shape.content,
-            page_bytes=shape.page,
-            tensors=[(shape.total, 0, shape.blocks * shape.page, shape.page, names)],
-            memory_bytes=shape.total,
-            memfd=engine.memfd,
-            canary_seed=engine.seed,
-        )
+        engine.worker.check_canary(0, engine.seed)
+    with pytest.raises(ValueError, match="that of group 0 was not"):
+        engine.worker.register()
+    with pytest.raises(ValueError, match="expected a description"):
+        engine.worker.register()

@@ -121,17 +121,14 @@ def flip_bytes(disk: Path, chance: random.Random, count: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("orderly", [True, False])
-def test_bytes_that_change_on_the_disk_are_misses(
-    world: World, disk: Path, seed: int, orderly: bool
-) -> None:
+def test_bytes_that_change_on_the_disk_are_misses(world: World, disk: Path, seed: int, orderly: bool) -> None:
     sidecar = with_ssd(world, disk, drain_seconds=2)
     engine = world.engine(sidecar)
     prompts = [chain(f"prompt-{index}", 20) for index in range(20)]
     for prompt in prompts:
         engine.must_save(prompt)
     await_written(sidecar, 400)
-    engine.close()
-    world.engines.remove(engine)
+    leave(world, engine)
     if orderly:
         sidecar.terminate()
     else:
@@ -160,6 +157,12 @@ def test_bytes_that_change_on_the_disk_are_misses(
         until(whole, "all damaged blocks to be replaced")
 
 
+def leave(world: World, engine: FakeEngine) -> None:
+    """It does not come back when the sidecar does."""
+    engine.close()
+    world.engines.remove(engine)
+
+
 def kill(sidecar: Sidecar) -> None:
     """Supervisor and worker, at once."""
     assert sidecar.process
@@ -179,6 +182,7 @@ def test_after_a_restart_tenants_and_models_are_walls_still(world: World, disk: 
     prompt = chain("a", 16)
     red.must_save(prompt)
     await_written(sidecar, 16)
+    leave(world, red)
     sidecar.terminate()
     sidecar.start()
     blue = world.engine(sidecar, "blue", tenant="blue")

@@ -58,7 +58,11 @@ def _append(body: bytearray, value: bytes | memoryview | str | list[str]) -> Non
             _append(body, text)
     else:
         data = value.encode() if isinstance(value, str) else bytes(value)
-        body += struct.pack("<I", len(data) if isinstance(value, str) else len(value)) + data + bytes(-(len(data) + 1) % 4 + 1)
+        body += (
+            struct.pack("<I", len(data) if isinstance(value, str) else len(value))
+            + data
+            + bytes(-(len(data) + 1) % 4 + 1)
+        )
     body += bytes(-len(body) % 4)
 
 
@@ -68,6 +72,48 @@ def frame(kind: int, payload: bytes, fds: int = 0, length: int | None = None) ->
 
 def hello(*, major: int = 2, role: int = SCHEDULER, engine: str = "raw", tenant: str = "default") -> bytes:
     return frame(HELLO, table(("H", major), ("H", 0), ("B", role), engine, tenant, "0"))
+
+
+def u64(*values: int) -> memoryview:
+    """A vector of uint64."""
+    return memoryview(array.array("Q", values))
+
+
+def register(**changed: Field) -> bytes:
+    """A registration of 256 blocks of one layer of float32, with some fields changed."""
+    fields: dict[str, Field] = {
+        "request": ("Q", 1),
+        "layout": "LBHNC",
+        "num_blocks": ("Q", 256),
+        "rank": ("I", 0),
+        "world": ("I", 1),
+        "group_block_tokens": u32(16),
+        "group_fields": u32(1),
+        "group_pages": u32(1),
+        "keys": ["model"],
+        "values": ["m"],
+        "page_sizes": u64(1 << 20),
+        "page_offsets": u64(0),
+        "page_layer_strides": u64(1 << 20),
+        "page_block_strides": u64(4096),
+        "page_layers": u32(1),
+        "page_heads": u32(1),
+        "page_states": u32(16),
+        "page_content_bytes": u32(256),
+        "page_bytes": u64(4096),
+        "page_kernel_blocks": u32(1),
+        "page_packings": ["kv total_heads=1 key=128 value=128 dtype=float32"],
+        "layer_names": ["l"],
+        "way": ("B", 0),
+        "memory_bytes": ("Q", 1 << 20),
+        "base": ("Q", 0),
+        "canary_group": ("I", 0),
+        "canary_seed": ("Q", 7),
+        "canary_fresh": ("B", 1),
+        "canary_checked": ("B", 1),
+    }
+    assert changed.keys() <= fields.keys(), "no such field"
+    return table(*(fields | changed).values())
 
 
 class Raw:

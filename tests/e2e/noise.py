@@ -23,10 +23,11 @@ class NoisyEngine:
     """One block's worth of random floats, in every block but the first, which has the canary."""
 
     def __init__(self, socket: Path, identity: dict[str, Any], blocks: int) -> None:
-        self.identity = identity
+        self.group = identity["group"]
         self.blocks = blocks
-        self.layers: list[str] = identity["layers"]
-        self.page: int = identity["heads"] * identity["states"] * identity["content_bytes"]
+        (self.pages,) = self.group["pages"]
+        self.layers: list[str] = self.pages["layers"]
+        self.page: int = self.pages["page_bytes"]
         self.total = len(self.layers) * blocks * self.page
         self.fd = os.memfd_create("pillion-noise", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, self.total)
@@ -56,17 +57,20 @@ class NoisyEngine:
                 self._put(layer, block, floats)
 
     def register(self) -> None:
-        same = ("dtype", "kind", "heads", "states", "content_bytes", "block_tokens")
-        self.worker.register(
+        """The real engine's pages, in fewer blocks."""
+        own = {"size": self.total, "layer_stride": self.blocks * self.page, "block_stride": self.page}
+        pages = {**self.pages, **own}
+        self.worker.describe(
             layout="LBHNC",
             num_blocks=self.blocks,
-            page_bytes=self.page,
-            tensors=[(self.total, 0, self.blocks * self.page, self.page, self.layers)],
             memory_bytes=self.total,
+            rank=0,
+            world=1,
+            groups=[{**self.group, "pages": [pages]}],
             memfd=self.fd,
-            canary_seed=SEED,
-            **{name: self.identity[name] for name in same},
         )
+        self.worker.check_canary(0, SEED)
+        self.worker.register()
         until(
             lambda: self.scheduler.ready() and self.worker.ready(),
             lambda: f"attached: {self.scheduler.status()}; {self.worker.status()}",
@@ -76,7 +80,9 @@ class NoisyEngine:
         spaces = self.scheduler.namespace_ids()
         assert spaces is not None
         blocks = list(range(1, len(hashes) + 1))
-        self.worker.submit_save(os.urandom(16), spaces, [(0, b"", len(blocks))], b"".join(hashes), blocks, 10_000)
+        self.worker.submit_save(
+            os.urandom(16), spaces, [(0, b"", len(blocks))], b"".join(hashes), blocks, 10_000
+        )
         events = until(self.worker.poll, lambda: "the save ends")
         assert events[0][1:] == (DONE, True, len(hashes)), events
 

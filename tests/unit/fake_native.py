@@ -58,7 +58,9 @@ class FakeNative:
     leases: dict[int, tuple[bytes, list[tuple[int, list[bytes]]], int]] = field(
         default_factory=dict
     )  # ticket -> id, (group, hashes granted) of each run, polls
-    lease_short: dict[int, int] = field(default_factory=dict)  # group -> blocks granted of its run, next time
+    lease_short: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # group -> blocks granted of its next runs
     groups: int = 1
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
@@ -252,7 +254,14 @@ class FakeScheduler:
         assert all(hashes for _, hashes in asked), "a run of nothing"
         granted = [(group, self._leading(group, b"".join(hashes))) for group, hashes in asked]
         granted = [
-            (group, hashes[: native.lease_short.pop(group, native.grant_blocks_max)])
+            (
+                group,
+                hashes[
+                    : native.lease_short[group].pop(0)
+                    if native.lease_short.get(group)
+                    else native.grant_blocks_max
+                ],
+            )
             for group, hashes in granted
         ]
         native.minted += 1
@@ -297,12 +306,26 @@ class FakeWorker:
     def __init__(self, native: FakeNative) -> None:
         self.native = native
 
-    def register(self, **registration: Any) -> None:
+    def describe(self, **description: Any) -> None:
+        self.native.called("describe")
+        self.native.log.append("describe")
+        assert not (description["cuda"] and description["memfd"] >= 0)
+        self.native.described = description | {"canaries": []}
+
+    def check_canary(self, group: int, seed: int) -> None:
+        self.native.called("check_canary")
+        self.native.log.append("check_canary")
+        assert 0 <= group < len(self.native.described["groups"])
+        self.native.described["canaries"].append((group, seed))
+
+    def register(self, events: int = 512) -> None:
         self.native.called("register")
         self.native.log.append("register")
         assert not self.native.live, "registered twice"
-        assert not (registration["cuda"] and registration["memfd"] >= 0)
-        self.native.registered = registration
+        described = self.native.described
+        groups = [group for group, _ in described["canaries"]]
+        assert groups == list(range(len(described["groups"]))), "every group's canary, once"
+        self.native.registered = described
         self.native.live = True
 
     def canary_over(self) -> None:

@@ -61,15 +61,22 @@ def test_registration_says_where_the_cache_lies(make: Any, native: FakeNative) -
     connector.register_kv_caches(caches)
     told = native.registered
     spec = kv.kv_cache_groups[0].kv_cache_spec
-    assert (told["layout"], told["num_blocks"], told["block_tokens"]) == ("LBHNC", 20, 16)
-    assert (told["heads"], told["states"], told["content_bytes"]) == (2, 16, 2 * 32 * 4)
-    assert told["page_bytes"] == spec.page_size_bytes == 2 * 16 * 256
     tensor = kv.kv_cache_tensors[0]
-    assert told["tensors"] == [(tensor.size, 0, tensor.layer_stride, tensor.block_stride, LAYERS)]
+    assert (told["layout"], told["num_blocks"], told["rank"], told["world"]) == ("LBHNC", 20, 0, 1)
+    assert told["memory_bytes"] == tensor.size
+    (group,) = told["groups"]
+    (pages,) = group["pages"]
+    assert group["block_tokens"] == 16 and pages["layers"] == LAYERS and pages["kernel_blocks"] == 1
+    assert (pages["heads"], pages["states"], pages["content_bytes"]) == (2, 16, 2 * 32 * 4)
+    assert pages["page_bytes"] == spec.page_size_bytes == 2 * 16 * 256
+    assert (pages["size"], pages["offset"]) == (tensor.size, 0)
+    assert (pages["layer_stride"], pages["block_stride"]) == (tensor.layer_stride, tensor.block_stride)
+    assert pages["packing"].startswith("opaque-heads total_heads=2 format=CPU_ATTN/")
     assert told["memfd"] == -1 and told["base"] == caches[LAYERS[0]].data_ptr()
     from pillion.vllm import canary
 
-    assert canary.intact(caches, LAYERS, told["canary_seed"])
+    ((proved, seed),) = told["canaries"]
+    assert proved == 0 and canary.intact([caches[name] for name in LAYERS], 20, seed)
     scheduler = make(KVConnectorRole.SCHEDULER)
     assert scheduler._scheduler is not None
     assert native.options[0]["namespaces"] == native.options[1]["namespaces"]
@@ -112,11 +119,13 @@ def test_the_allocation_goes_into_a_memfd(make: Any, native: FakeNative) -> None
             "not collision resistant",
         ),
         (lambda c, kv: setattr(c.cache_config, "enable_prefix_caching", False), "prefix caching is off"),
-        (lambda c, kv: kv.kv_cache_groups.append(kv.kv_cache_groups[0]), "2 KV cache groups"),
-        (lambda c, kv: kv.kv_cache_tensors.append(kv.kv_cache_tensors[0]), "2 KV cache tensors"),
+        (
+            lambda c, kv: kv.kv_cache_groups.append(kv.kv_cache_groups[0]),
+            "KV cache group 1 has no KVCacheTensor",
+        ),
+        (lambda c, kv: kv.kv_cache_tensors.append(kv.kv_cache_tensors[0]), "is placed twice"),
         (lambda c, kv: setattr(kv.kv_cache_tensors[0], "host_resident", True), "host-resident"),
         (lambda c, kv: setattr(kv.kv_cache_groups[0], "is_eagle_group", True), "drafter's layers"),
-        (lambda c, kv: kv.kv_cache_groups[0].layer_names.append("shared"), "layers share KV"),
     ],
 )
 @pytest.mark.parametrize("role", list(KVConnectorRole))
@@ -143,16 +152,20 @@ def test_refusals_say_why_and_the_engine_runs(
     connector.shutdown()
 
 
-def test_other_specs_and_padded_pages_are_refused(make: Any, warnings: pytest.LogCaptureFixture) -> None:
+def test_specs_that_are_not_known_are_refused(make: Any, warnings: pytest.LogCaptureFixture) -> None:
     import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+    from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, SlidingWindowSpec
 
     kv = make_kv_config(20)
-    shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
-    kv.kv_cache_groups[0].kv_cache_spec = SlidingWindowSpec(sliding_window=64, **shape)
-    assert "KV cache spec SlidingWindowSpec" in str(support.refusal(make()._vllm_config, kv))
-    kv.kv_cache_groups[0].kv_cache_spec = FullAttentionSpec(page_size_padded=1 << 20, **shape)
-    assert "padded" in str(support.refusal(make()._vllm_config, kv))
+    shape: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    kv.kv_cache_groups[0].kv_cache_spec = ChunkedLocalAttentionSpec(attention_chunk_size=64, **shape)
+    assert "KV cache spec ChunkedLocalAttentionSpec" in str(support.refusal(make()._vllm_config, kv))
+    for served in (
+        SlidingWindowSpec(sliding_window=64, **shape),
+        FullAttentionSpec(page_size_padded=1 << 20, **shape),
+    ):
+        kv.kv_cache_groups[0].kv_cache_spec = served
+        assert support.refusal(make()._vllm_config, kv) is None
 
 
 @pytest.mark.parametrize("version", [(0, 29), (0, 34), (1, 0), None])

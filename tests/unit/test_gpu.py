@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
 
 from pillion.vllm import PillionConnector, canary, device, support
 from pillion.vllm import native as source
 from pillion.vllm.metadata import CANCELLED, FAILED, LoadPlan, PillionMetadata, SavePlan
-from pillion.vllm.worker import by_manager_block
 from unit.fake_gpu import FakeGpu, uuid
 from unit.fake_native import FakeNative
 from unit.vllm_harness import (
-    BLOCK,
     LAYERS,
     Engine,
     expected,
@@ -314,7 +311,13 @@ def canary_log(native: FakeNative, monkeypatch: pytest.MonkeyPatch) -> list[str]
     return native.log
 
 
-START = ["canary", "synchronize", "register", "ready", "canary_over", "clear"]
+def is_intact(caches: Any, native: FakeNative) -> bool:
+    """Whether block 0 holds the canary that was proved last."""
+    _, seed = native.registered["canaries"][-1]
+    return canary.intact([caches[name] for name in LAYERS], 20, seed)
+
+
+START = ["describe", "canary", "synchronize", "check_canary", "register", "ready", "canary_over", "clear"]
 
 
 def test_the_order_of_a_start(make: Any, native: FakeNative, canary_log: list[str]) -> None:
@@ -339,13 +342,13 @@ def test_the_canary_is_there_while_the_sidecar_looks(
     monkeypatch.setattr(
         client,
         "canary_over",
-        lambda: seen.append(canary.intact(caches, LAYERS, native.registered["canary_seed"])),
+        lambda: seen.append(is_intact(caches, native)),
     )
     connector.register_kv_caches(caches)
     assert seen == [True]
 
 
-@pytest.mark.parametrize("place", ["register", "canary_over"])
+@pytest.mark.parametrize("place", ["describe", "check_canary", "register", "canary_over"])
 def test_a_refused_engine_keeps_no_canary_in_block_0(make: Any, native: FakeNative, place: str) -> None:
     """Padded block tables point there, and the words may be NaN."""
     native.raise_in[place] = ValueError("device memory cannot be shared")
@@ -372,113 +375,33 @@ def test_a_cpu_engine_makes_no_call_into_cuda(
     connector = make()
     assert connector.get_mem_pool_context() is not None
     caches = registered(connector)
-    assert canary_log == ["canary", "register", "ready"] and native.registered["cuda"] is False
-    assert canary.intact(caches, LAYERS, native.registered["canary_seed"])
+    start = ["describe", "canary", "check_canary", "register", "ready"]
+    assert canary_log == start and native.registered["cuda"] is False
+    assert is_intact(caches, native)
     connector.unregister_kv_caches()
     connector.restore_kv_caches()
-    assert len(canary_log) == 3 and "cuda_device" not in native.calls and native.live
+    assert canary_log == start and "cuda_device" not in native.calls and native.live
 
 
 def test_memory_that_cannot_be_exported_is_refused(make: Any, native: FakeNative, logs: Any) -> None:
-    native.raise_in["register"] = ValueError("cudaMallocAsync memory has no handle")
+    native.raise_in["describe"] = ValueError("cudaMallocAsync memory has no handle")
     connector = make()
     registered(connector)
     assert "has no handle" in connector.build_connector_worker_meta().refused
     assert "canary_over" not in native.log
     connector.unregister_kv_caches()
     connector.restore_kv_caches()
-    assert native.calls["register"] == 1 and "unregister" not in native.calls
+    assert native.calls["describe"] == 1 and not {"register", "unregister"} & set(native.calls)
 
 
 def test_a_canary_in_tensors_of_inference_mode() -> None:
     with torch.inference_mode():
         caches = make_tensors(make_kv_config(3))
-    canary.write(caches, LAYERS, 9)
-    assert canary.intact(caches, LAYERS, 9)
-    canary.clear(caches, LAYERS)
+    views = list(caches.values())
+    canary.write(views, 3, 9)
+    assert canary.intact(views, 3, 9)
+    canary.clear(views, 3)
     assert not any(caches[name].any() for name in LAYERS)
-
-
-# ---- kernel blocks
-
-RATIO = 4
-
-
-def split(order: str, blocks: int) -> tuple[KVCacheConfig, dict[str, Any]]:
-    """A KV cache whose backend has kernel blocks of 16 tokens in manager blocks of 64, by vLLM's own functions."""
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-    from vllm.v1.worker.utils import allocate_kv_cache
-
-    spec = FullAttentionSpec(block_size=BLOCK * RATIO, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    page = spec.page_size_bytes
-    tensor = KVCacheTensor(
-        size=page * blocks * len(LAYERS),
-        layers=list(LAYERS),
-        layer_stride=page * blocks,
-        block_stride=page,
-    )
-    kv = KVCacheConfig(
-        num_blocks=blocks,
-        kv_cache_tensors=[tensor],
-        kv_cache_groups=[KVCacheGroupSpec(list(LAYERS), spec)],
-        kv_cache_layout=order,
-    )
-    views = allocate_kv_cache(kv, torch.device("cpu"), KVCacheLayout[order], [BLOCK])
-    return kv, views
-
-
-def test_kernel_blocks_are_grouped_where_the_parts_are_one_page() -> None:
-    kv, views = split("LBNHC", 5)
-    for name in LAYERS:
-        kernel = views[name]
-        assert kernel.shape[0] == 5 * RATIO
-        kernel.copy_(torch.arange(kernel.numel(), dtype=kernel.dtype).view(kernel.shape))
-        block = by_manager_block(kernel, 5)
-        assert block is not None and block.shape == (5, 2, BLOCK * RATIO, 64)
-        assert block.data_ptr() == kernel.data_ptr()
-        assert block.stride(0) * 4 == kv.kv_cache_tensors[0].block_stride
-        for row in range(5):
-            for token in range(BLOCK * RATIO):
-                part, inside = divmod(token, BLOCK)
-                assert torch.equal(block[row, :, token], kernel[row * RATIO + part, :, inside])
-
-
-def test_the_canary_of_kernel_blocks_is_read_by_the_declared_order(make: Any, native: FakeNative) -> None:
-    """What the sidecar reads of block 0 by the registered numbers is what was written through vLLM's views."""
-    kv, views = split("LBNHC", 5)
-    connector = make(kv=kv)
-    seen = []
-    raw = views[LAYERS[0]].untyped_storage()
-    connector._worker.client.canary_over = lambda: seen.append(
-        torch.frombuffer(bytearray(bytes(raw)), dtype=torch.uint8)
-    )
-    connector.register_kv_caches(views)
-    told = native.registered
-    assert (told["heads"], told["states"], told["content_bytes"]) == (2, 64, 256)
-    size, offset, layer_stride, _, names = told["tensors"][0]
-    for index in range(len(names)):
-        begin = offset + index * layer_stride
-        page = (
-            seen[0][begin : begin + told["page_bytes"]].view(64, 2, 256).transpose(0, 1)
-        )  # N, H, C -> H, N, C
-        wanted = canary.page(told["canary_seed"], index, told["page_bytes"])
-        assert page.reshape(-1).tolist() == wanted.tolist()
-    assert size == seen[0].numel()
-
-
-def test_kernel_blocks_by_head_are_refused(make: Any, native: FakeNative, logs: Any) -> None:
-    kv, views = split("LBHNC", 5)
-    assert by_manager_block(views[LAYERS[0]], 5) is None
-    make(kv=kv).register_kv_caches(views)
-    assert native.registered is None and "splits blocks of 64 tokens" in logs.text
-
-
-def test_blocks_that_are_not_split_stay_as_they_are(make: Any, native: FakeNative, logs: Any) -> None:
-    cache = torch.zeros(6, 2, 16, 8)
-    assert by_manager_block(cache, 6) is cache and by_manager_block(cache, 4) is cache
-    connector = make()
-    connector.register_kv_caches(make_tensors(make_kv_config(21)))
-    assert native.registered is None and "expected (20, 2, 16, 256)" in logs.text
 
 
 # ---- streams
@@ -553,7 +476,7 @@ def test_sleep_and_wake_up(make: Any, native: FakeNative, canary_log: list[str])
     connector.restore_kv_caches()
     connector.restore_kv_caches()
     assert canary_log == ["unregister", *START] and native.calls["register"] == 2
-    seeds = {first.pop("canary_seed"), native.registered.pop("canary_seed")}
+    seeds = {first.pop("canaries")[0], native.registered.pop("canaries")[0]}
     assert native.registered == first and len(seeds) == 2, "the same memory, another canary"
     assert all(not caches[name][0].any() and bool((caches[name][1:] == 7).all()) for name in LAYERS)
 

@@ -1,20 +1,23 @@
 """The layout canary: words that the shim writes into block 0 with the engine's own indexing.
 
-The sidecar reads block 0 by the layout that was registered and compares; a mismatch refuses the
-registration (I1, I10), whatever else looked right.
+The client, and a sidecar that is there, read block 0 by the layout that was registered and compare; a mismatch refuses
+the registration (I1, I10), whatever else looked right. The canary of a KV cache group is one stream of bytes that fills
+the pages of its layers one after the other, each as `[H, N, C]` (`CheckedGroup::canary_check` in layouts). Groups alias
+one pool, so each one's canary is written and compared in turn, and the last one's stays for the sidecar.
 
 Block 0 is vLLM's null block: the block pool never hands it out. On CPU nothing writes it after the canary:
 slot mappings hold slots of blocks that requests own, dummy and warm-up runs use slot -1 (which the kernels
-skip), and without CUDA graphs there is no padding. So the canary stays readable for the engine's whole life,
-and a sidecar that appears hours after the engine can still check it.
+skip), and without CUDA graphs there is no padding. Where every block of a prompt is attended to, nothing reads it either:
+the canary stays for the engine's whole life, and a sidecar that appears hours after the engine can still check it.
 
-On a GPU it is there only while the engine starts or wakes up. Warm-up and graph capture write block 0 (vLLM's
-`redirect_writes_to_null_block`), and padded block tables point at it: kernels load from it what they then mask,
-and random words are NaN often enough that nobody should have to trust every kernel's masks. So the client is told
-(`canary_over`; what was compared until then is remembered, not read again), and it is zeroed, as vLLM allocated it.
+Elsewhere it is there only while the engine starts or wakes up. On a GPU, warm-up and graph capture write block 0 (vLLM's
+`redirect_writes_to_null_block`), and padded block tables point at it; where blocks leave a window, or hold states, the
+tables point at it on CPU, too. Kernels load from it what they then mask, and random words are NaN often enough that
+nobody should have to trust every kernel's masks. So the client is told (`canary_over`; what was compared until then is
+remembered, not read again), and it is zeroed, as vLLM allocated it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,43 +39,53 @@ def words(seed: int, first: int, count: int) -> NDArray[np.uint64]:
         return x ^ (x >> np.uint64(31))
 
 
-def page(seed: int, index: int, page_bytes: int) -> NDArray[np.uint8]:
-    """The canary bytes of the page of layer `index`: a slice of one stream over all layers, little endian."""
-    begin = index * page_bytes
-    first = begin // 8
-    last = (begin + page_bytes + 7) // 8
-    stream = words(seed, first, last - first).astype("<u8").view(np.uint8)
-    return stream[begin - first * 8 :][:page_bytes]
+def stream(seed: int, begin: int, count: int) -> NDArray[np.uint8]:
+    """Bytes of a group's canary, little endian: `count` from `begin` on."""
+    first, last = begin // 8, (begin + count + 7) // 8
+    return words(seed, first, last - first).astype("<u8").view(np.uint8)[begin - first * 8 :][:count]
 
 
-def write(caches: Mapping[str, Any], layers: Sequence[str], seed: int) -> None:
-    """Fills block 0 of every layer's `[B, H, N, C]` tensor, in the order of `layers`."""
+def _block_0(view: Any, num_blocks: int) -> Any:
+    """The rows of a layer's `[B, H, N, C]` that are block 0, as bytes: one, or one per kernel block."""
+    import torch
+
+    return view[: view.shape[0] // num_blocks].view(torch.uint8)
+
+
+def _pages(views: Sequence[Any], num_blocks: int, seed: int) -> Any:
+    """(block 0 of a layer, its canary in the same shape) for every layer of a group."""
+    begin = 0
+    for view in views:
+        block = _block_0(view, num_blocks)
+        parts, heads, states, content = block.shape
+        count = parts * heads * states * content
+        page = stream(seed, begin, count).reshape(heads, parts, states, content)
+        begin += count
+        yield block, np.ascontiguousarray(page.transpose(1, 0, 2, 3))
+
+
+def write(views: Sequence[Any], num_blocks: int, seed: int) -> None:
+    """Fills block 0 of the `[B, H, N, C]` tensors of one group's layers, in the order of registration."""
     import torch
 
     # A tensor that was made in inference mode can be written in inference mode only, others anywhere.
     with torch.inference_mode():
-        for index, name in enumerate(layers):
-            block = caches[name][0].view(torch.uint8)
-            heads, states, content = block.shape
-            values = page(seed, index, heads * states * content).reshape(heads, states, content)
-            block.copy_(torch.from_numpy(np.ascontiguousarray(values)))
+        for block, page in _pages(views, num_blocks, seed):
+            block.copy_(torch.from_numpy(page))
 
 
-def clear(caches: Mapping[str, Any], layers: Sequence[str]) -> None:
+def clear(views: Sequence[Any], num_blocks: int) -> None:
     """Makes block 0 all zeros again."""
     import torch
 
     with torch.inference_mode():
-        for name in layers:
-            caches[name][0].zero_()
+        for view in views:
+            _block_0(view, num_blocks).zero_()
 
 
-def intact(caches: Mapping[str, Any], layers: Sequence[str], seed: int) -> bool:
+def intact(views: Sequence[Any], num_blocks: int, seed: int) -> bool:
     """Whether block 0 still holds the canary, read with the engine's own indexing."""
-    import torch
-
-    for index, name in enumerate(layers):
-        block = caches[name][0].view(torch.uint8).cpu().contiguous().numpy().reshape(-1)
-        if not np.array_equal(block, page(seed, index, block.size)):
-            return False
-    return True
+    return all(
+        np.array_equal(block.cpu().contiguous().numpy(), page)
+        for block, page in _pages(views, num_blocks, seed)
+    )

@@ -131,6 +131,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = WorkerHalf(
                 client=native.WorkerClient(**options[rank]),
                 settings=self._settings,
+                vllm_config=self._vllm_config,
                 kv_cache_config=self._kv_cache_config,
                 layout=self._layout(),
                 identity=digest,

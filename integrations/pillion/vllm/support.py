@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from pillion.vllm import device
+from pillion.vllm import groups as registered
 from pillion.vllm.hits import FULL, STATE, WINDOW, Group, Hits
 
 FIRST_VERSION = (0, 30)
@@ -242,9 +243,6 @@ def _spec(vllm_config: Any, spec: Any) -> str | None:
         return "the KV cache group is not prefix cacheable as it is"
     if getattr(spec, "non_causal", False):
         return "the model attends non-causally: a prefix's KV depends on what follows"
-    if getattr(spec, "attention_chunk_size", None):
-        # One manager for chunked layers and full ones, which do not need the same blocks.
-        return "chunked local attention: not served yet"
     if kind == STATE:
         return _state(vllm_config, spec)
     if getattr(spec, "tokens_per_state", 1) != 1:
@@ -296,21 +294,6 @@ def _window(spec: Any) -> int:
     return -(-(int(spec.sliding_window) - 1) // int(spec.block_size))
 
 
-def _memory(_vllm_config: Any, kv_cache_config: Any) -> str | None:
-    """What cannot be registered yet."""
-    groups, tensors = kv_cache_config.kv_cache_groups, kv_cache_config.kv_cache_tensors
-    if len(groups) != 1:
-        return f"{len(groups)} KV cache groups (hybrid model): one is served yet"
-    if len(tensors) != 1:
-        return f"{len(tensors)} KV cache tensors with different pages: one is served yet"
-    tensor, group = tensors[0], groups[0]
-    if getattr(tensor, "host_resident", False):
-        return "the KV cache lies in a host-resident pool"
-    if sorted(tensor.layers) != sorted(group.layer_names):
-        return "layers share KV with layers outside their tensor"
-    spec = group.kv_cache_spec
-    if type(spec).__name__ != "FullAttentionSpec":
-        return f"KV cache spec {type(spec).__name__}: FullAttentionSpec is served yet"
-    if spec.page_size_bytes != spec.num_heads * spec.num_states * spec.state_content_size_bytes:
-        return "pages are padded: not served yet"
-    return None
+def _memory(vllm_config: Any, kv_cache_config: Any) -> str | None:
+    """What cannot be registered."""
+    return registered.refusal(vllm_config, kv_cache_config)

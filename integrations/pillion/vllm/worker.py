@@ -35,7 +35,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pillion.vllm import canary
+from pillion.vllm import canary, groups
 from pillion.vllm import device as devices
 from pillion.vllm.config import Settings
 from pillion.vllm.log import log_limited, log_once, logger, survivable
@@ -84,6 +84,7 @@ class WorkerHalf:
         kv_cache_config: Any,
         layout: str,
         identity: str,
+        vllm_config: Any = None,
         device: str = devices.CPU,
         locate: Callable[[int], str] | None = None,  # device name of an address
         rank: int = 0,
@@ -93,6 +94,7 @@ class WorkerHalf:
         self.settings = settings
         self.stats = PillionStats()
         self.refused: str | None = None
+        self._vllm_config = vllm_config
         self._config = kv_cache_config
         self._layout = layout
         self._identity: str | None = identity or None
@@ -100,7 +102,7 @@ class WorkerHalf:
         self._locate = locate
         self._rank, self._world = rank, world
         self._cuda = devices.CUDA if device.startswith("gpu-") else None
-        self._caches: dict[str, Any] = {}  # layer -> [B, H, N, C], one row per block of the block manager
+        self._described: groups.Described | None = None
         self._registered = False
         self._waits_ms = 0
         self._told_refused = False
@@ -126,108 +128,71 @@ class WorkerHalf:
         """Writes the canary, tells the client where the KV cache lies, waits for a sidecar (start only)."""
         if self.refused is not None:
             return
-        spec = self._config.kv_cache_groups[0].kv_cache_spec
-        caches = dict(caches)
-        for name in self._config.kv_cache_tensors[0].layers:
-            if name in caches:
-                caches[name] = by_manager_block(caches[name], self._config.num_blocks)
-        if (reason := self._unexpected(caches, spec) or self._elsewhere(caches)) is not None:
+        try:
+            found = groups.described(self._vllm_config, self._config, caches)
+        except groups.Unserved as error:
+            self.refuse(str(error))
+            return
+        if (reason := self._elsewhere(found.views[0][0])) is not None:
             self.refuse(reason)
             return
-        self._caches = caches
+        self._described = found
         self._waits_ms = self.settings.start_wait_ms if waits else 0
-        self._register(self._waits_ms)
+        self._register(found, self._waits_ms)
 
-    def _register(self, wait_ms: int) -> None:
-        spec = self._config.kv_cache_groups[0].kv_cache_spec
-        tensor = self._config.kv_cache_tensors[0]
-        # `allocate_kv_cache`: one `torch.zeros` of exactly `tensor.size` bytes for all layers, on CUDA as well (a
-        # part of a segment of torch's caching allocator, or of a VMM mapping with cumem). The client finds the
+    def _register(self, found: groups.Described, wait_ms: int) -> None:
+        # `allocate_kv_cache`: one `torch.zeros` of exactly `tensor.size` bytes for all layers of all groups, on CUDA as
+        # well (a part of a segment of torch's caching allocator, or of a VMM mapping with cumem). The client finds the
         # allocation around it and exports that.
-        storage = self._caches[tensor.layers[0]].untyped_storage()
+        first = found.views[0][0]
+        storage = first.untyped_storage()
         memfd = self._mode.taken() if self._mode is not None else None
         if memfd is not None and storage.data_ptr() != memfd.address:
             memfd = None
         if memfd is None and self._cuda is None:
             log_once(logging.INFO, "process_vm", "the KV cache is not in a memfd: process_vm is used")
-        seed = int.from_bytes(os.urandom(8), "little")
+        stays = self._cuda is None and groups.never_reads_block_0(self._config)
         try:
-            canary.write(self._caches, tensor.layers, seed)
-            if self._cuda is not None:
-                # The client reads the canary on a stream of its own.
-                self._cuda.synchronize(self._caches[tensor.layers[0]].device)
-            self.client.register(
+            self.client.describe(
                 layout=self._layout,
-                num_blocks=self._config.num_blocks,
-                block_tokens=spec.block_size,
-                dtype=str(spec.dtype),
-                kind=type(spec).__name__,
-                heads=spec.num_heads,
-                states=spec.num_states,
-                content_bytes=spec.state_content_size_bytes,
-                page_bytes=spec.page_size_bytes,
-                tensors=[
-                    (
-                        tensor.size,
-                        tensor.offset,
-                        tensor.layer_stride,
-                        tensor.block_stride,
-                        list(tensor.layers),
-                    )
-                ],
+                num_blocks=found.num_blocks,
                 memory_bytes=storage.nbytes(),
+                rank=self._rank,
+                world=self._world,
+                groups=found.groups,
                 memfd=memfd.fd if memfd is not None else -1,
                 base=storage.data_ptr(),
                 cuda=self._cuda is not None,
-                canary_seed=seed,
             )
+            for index, views in enumerate(found.views):
+                seed = int.from_bytes(os.urandom(8), "little")
+                canary.write(views, found.num_blocks, seed)
+                if self._cuda is not None:
+                    # The client reads the canary on a stream of its own.
+                    self._cuda.synchronize(first.device)
+                self.client.check_canary(index, seed)
+            self.client.register()
             self._registered = True
             wait_ready(self.client, wait_ms, "worker")
-            if self._cuda is not None:
+            if not stays:
                 self.client.canary_over()
         finally:
-            # Refused or not: padded block tables point at block 0, and the words are NaN often enough.
-            if self._cuda is not None:
-                canary.clear(self._caches, tensor.layers)
+            # Refused or not: block tables point at block 0, and the words are NaN often enough.
+            if not stays:
+                for views in found.views:
+                    canary.clear(views, found.num_blocks)
 
-    def _elsewhere(self, caches: dict[str, Any]) -> str | None:
+    def _elsewhere(self, cache: Any) -> str | None:
         """Whether the KV cache lies on another device than the one by whose name both halves look for a sidecar."""
         if self._locate is None:
             return None
-        found = self._locate(caches[self._config.kv_cache_tensors[0].layers[0]].untyped_storage().data_ptr())
+        found = self._locate(cache.untyped_storage().data_ptr())
         if found == self._device:
             return None
         return (
             f"the KV cache lies on {found}, but NVML's index names {self._device}: set "
             "CUDA_DEVICE_ORDER=PCI_BUS_ID, or CUDA_VISIBLE_DEVICES to the UUID of a whole GPU"
         )
-
-    def _unexpected(self, caches: dict[str, Any], spec: Any) -> str | None:
-        """What about the registered tensors is not as the configuration says."""
-        tensor = self._config.kv_cache_tensors[0]
-        missing = [name for name in tensor.layers if name not in caches]
-        if missing:
-            return f"layer {missing[0]} has no KV cache tensor"
-        content = spec.state_content_size_bytes
-        for index, name in enumerate(tensor.layers):
-            view = caches[name]
-            if view is None:
-                return (
-                    f"the attention backend splits blocks of {spec.block_size} tokens, and in the order "
-                    f"{self._layout} the parts are not one page by head and token: give --block-size as large "
-                    "as the backend's own blocks"
-                )
-            size = view.element_size()
-            shape = (view.shape[0], view.shape[1], view.shape[2], view.shape[3] * size)
-            expected = (self._config.num_blocks, spec.num_heads, spec.num_states, content)
-            if shape != expected:
-                return f"KV cache of {name} is [B, H, N, C bytes] = {shape}, expected {expected}"
-            offset = view.data_ptr() - view.untyped_storage().data_ptr()
-            if view.stride(0) * size != tensor.block_stride or offset != (
-                tensor.offset + index * tensor.layer_stride
-            ):
-                return f"KV cache of {name} does not lie where its KVCacheTensor says"
-        return None
 
     # ---- sleep (vLLM 0.33)
 
@@ -262,9 +227,9 @@ class WorkerHalf:
 
     def restore_kv_caches(self) -> None:
         """Registers the KV cache again, at the same addresses and with whatever is in it."""
-        if self._cuda is None or self._registered or not self._caches or self.refused is not None:
+        if self._cuda is None or self._registered or self._described is None or self.refused is not None:
             return
-        self._register(min(self._waits_ms, WAKE_WAIT_MS))
+        self._register(self._described, min(self._waits_ms, WAKE_WAIT_MS))
 
     def refuse(self, reason: str) -> None:
         """Runs uncached from now on and tells the scheduler's half with the next step."""
@@ -432,28 +397,6 @@ class WorkerHalf:
             self.client.close()
         if self._mode is not None and self._mode.memfd is not None:
             self._mode.memfd.close()
-
-
-def by_manager_block(cache: Any, num_blocks: int) -> Any | None:
-    """A layer's `[B, H, N, C]` with one row per block of vLLM's block manager, where it has several per block.
-
-    A backend with block sizes of its own (FlashInfer: at most 64 tokens) splits each block into `ratio` kernel
-    blocks (`prepare_kernel_block_sizes`). vLLM does that only where a block is one dense page of its layer
-    (`create_kv_cache_views`), so never in block-first orders, and the bytes of a block stay together. In LBNHC the
-    parts' tokens follow each other: the block is `[N, H, C]`, as its KVCacheTensor says. In LBHNC it is
-    `[ratio, H, N / ratio, C]`, which no order that we can register describes (but for one head): None.
-    """
-    rows = cache.shape[0]
-    if rows == num_blocks or rows % num_blocks:
-        return cache
-    from vllm.v1.kv_cache_interface import group_kernel_blocks
-
-    parts = group_kernel_blocks(cache, num_blocks)  # [B, ratio, H, N / ratio, C]
-    _, ratio, heads, states, content = parts.shape
-    try:
-        return parts.transpose(1, 2).view(num_blocks, heads, ratio * states, content)
-    except RuntimeError:  # what torch says where no strides make this view
-        return None
 
 
 def wait_ready(client: Any, wait_ms: int, who: str) -> bool:

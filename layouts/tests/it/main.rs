@@ -9,4 +9,5 @@ mod properties;
 mod refusals;
 mod vllm_golden;
 mod worked_sizes;
+mod worker;
 mod worlds;

@@ -7,7 +7,7 @@ use pillion_layouts::vllm::{KvCacheTensor, Packing, StatePart};
 use pillion_layouts::{Dtype, Order, Rank, Refusal, Role, Shard};
 use serde_json::Value;
 
-fn int(case: &Value, key: &str) -> u64 {
+pub(crate) fn int(case: &Value, key: &str) -> u64 {
     case[key].as_u64().unwrap_or_else(|| panic!("{key} of {case}"))
 }
 
@@ -48,7 +48,7 @@ fn packing(model: &str, tensor: &Value) -> Packing {
     }
 }
 
-fn pages(case: &Value, tensor: &Value) -> Pages {
+pub(crate) fn pages(case: &Value, tensor: &Value) -> Pages {
     let layers = tensor["layers"].as_array().expect("layers").iter();
     let layers = layers.map(|name| name.as_str().expect("a name").to_owned()).collect();
     Pages {

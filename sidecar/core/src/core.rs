@@ -271,9 +271,9 @@ impl Core {
             Event::Damaged { session, key } => self.damaged(session, &key, actions),
         }
         if self.ssd.is_some() {
-            self.pump_ssd(actions);
+            self.pump_ssd(now_ns, actions);
         } else {
-            self.pump_waits(actions);
+            self.pump_waits(now_ns, actions);
         }
         self.grant_settled(now_ns, actions);
         self.ask_what_is_lacking(actions);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,8 @@ class DeviceEngine(FakeEngine):
     seed_error: int = 0
     """Added to the seed that is registered: the canary is then wrong."""
     canary_seconds: float = 5.0
+    # test_device_faults counts on this number of events, whatever the client's own is.
+    options: Mapping[str, int] = field(default_factory=lambda: {"events": EVENTS})
 
     def _take_memory(self) -> None:
         size = max(self.record_bytes, min(STAGING, self.record_bytes * self.shape.blocks))
@@ -48,8 +51,7 @@ class DeviceEngine(FakeEngine):
 
     def _place(self) -> dict[str, Any]:
         self.device.wait()  # the canary is there
-        # test_device_faults counts on this number of events, whatever the client's own is.
-        return {"cuda": True, "base": self.kv.address, "events": EVENTS}
+        return {"cuda": True, "base": self.kv.address}
 
     def register(self) -> None:
         self.seed += self.seed_error
@@ -213,7 +215,9 @@ class Raw:
     def save(self, hashes: bytes, blocks: list[int], stream: int | None = None) -> bytes:
         job = os.urandom(16)
         stream = self.engine.device.stream if stream is None else stream
-        self.worker.submit_save(job, self.spaces, [(0, b"", len(blocks))], hashes, blocks, 60_000, stream=stream)
+        self.worker.submit_save(
+            job, self.spaces, [(0, b"", len(blocks))], hashes, blocks, 60_000, stream=stream
+        )
         return job
 
     def load(self, hashes: bytes, blocks: list[int], lease: bytes, stream: int | None = None) -> bytes:

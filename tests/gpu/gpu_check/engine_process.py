@@ -193,7 +193,9 @@ class Session(Measure):
         engine, ended = self.engine, []
         one, space = os.urandom(32), bytes(16)
         engine.worker.submit_save(os.urandom(16), space, [(0, b"", 1)], one, [1], 1000, **engine._after())
-        engine.worker.submit_load(os.urandom(16), bytes(16), space, [(0, 0, 0, 1)], one, [1], 1000, **engine._after())
+        engine.worker.submit_load(
+            os.urandom(16), bytes(16), space, [(0, 0, 0, 1)], one, [1], 1000, **engine._after()
+        )
         for _, outcome, quiesced, _ in engine.worker.poll():
             ended.append(NAMES[outcome] + (", quiesced" if quiesced else ""))
         return ended

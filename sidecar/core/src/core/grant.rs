@@ -58,13 +58,13 @@ impl Core {
             return actions.push(nothing(runs.len()));
         }
         let runs = self.plan(&session.tenant.key, runs, hashes);
-        let wait = Wait::new(id, request, runs, now_ns + self.patience_ns());
+        let wait = Wait::new(id, request, runs, now_ns + self.patience_ns(now_ns));
         self.begin_wait(wait, now_ns, actions);
     }
 
     /// How long a lease waits for what is not here before it is granted without the rest.
-    pub(super) fn patience_ns(&self) -> u64 {
-        let ssd_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.limits.wait_ns);
+    pub(super) fn patience_ns(&self, now_ns: u64) -> u64 {
+        let ssd_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.patience_ns(now_ns));
         ssd_ns.max(if self.neighbours.is_alone() { 0 } else { self.limits.borrow_wait_ns })
     }
 
@@ -83,8 +83,9 @@ impl Core {
         self.counters.leases_waited += 1;
         self.wait_count += 1;
         self.waits.insert(self.wait_count, wait);
-        self.pump_waits(actions);
+        self.pump_waits(now_ns, actions);
         self.grant_settled(now_ns, actions);
+        self.grant_overdue(now_ns, actions);
     }
 
     /// Where the blocks of each run are, up to the first that is nowhere or that more than may be pinned begins with.

@@ -146,7 +146,7 @@ impl Core {
             let slots = slot.map(|(slot, _)| slot).into_iter().collect();
             runs.push(Run { space: NamespaceId([0; 16]), slots });
         }
-        let wait = Wait { lends: true, ..Wait::new(id, request, runs, now_ns + self.patience_ns()) };
+        let wait = Wait { lends: true, ..Wait::new(id, request, runs, now_ns + self.patience_ns(now_ns)) };
         self.begin_wait(wait, now_ns, actions);
     }
 

@@ -78,13 +78,13 @@ impl Wait {
 
 impl Core {
     /// Asks for what waiting leases still lack, the oldest first, as far as reading is bounded.
-    pub(super) fn pump_waits(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn pump_waits(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
         let ids: Vec<u64> = self.waits.keys().copied().collect();
         for id in ids {
             while let Some((run, slot, wanted)) = self.next_slot(id) {
                 let (fetching, key) = match wanted {
                     Slot::Abroad(key, index) => (self.borrow(&key, index, (id, run, slot)), key),
-                    Slot::There(key, _) => (self.fetch(&key, (id, run, slot), actions), key),
+                    Slot::There(key, _) => (self.fetch(&key, (id, run, slot), now_ns, actions), key),
                     Slot::Here(_) => continue,
                 };
                 match fetching {
