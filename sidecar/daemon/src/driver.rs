@@ -30,7 +30,7 @@ use crate::{
     channel::Outgoing,
     copier::{Copiers, CopyReport, CopyTask},
     lanes::{LaneTask, Lanes},
-    metrics::{self, CoreCounters, LabelValue, Metrics, SsdCounters},
+    metrics::{self, CoreCounters, LabelValue, Metrics, NeighbourCounters, SsdCounters},
     neighbours::{self, Answer, Neighbours},
     register::Registered,
     ssd::{Recovered, Ssd, Told},
@@ -835,6 +835,13 @@ impl Driver {
             protocol_errors: core.protocol_errors,
             worker_restarts: self.restarts,
             ssd: self.ssd_counters(&core),
+            neighbours: NeighbourCounters {
+                neighbours: self.neighbours.ids().count() as u64,
+                held: core.neighbour_blocks_here,
+                asked: core.neighbour_blocks_asked,
+                borrowed: core.neighbour_blocks_borrowed,
+                lent: core.neighbour_blocks_lent,
+            },
         }
     }
 }

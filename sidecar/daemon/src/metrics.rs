@@ -5,6 +5,7 @@
 //! that counting takes no lock and no look-up.
 
 mod labels;
+mod neighbours;
 mod ssd;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,11 +20,14 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 pub use labels::{
-    Access, Direction, LabelValue, LeaseOutcome, Lookup, Outcome, Path, Refusal, Role, Skip, Tier, Waited,
+    Access, Direction, LabelValue, LeaseOutcome, Lending, Lookup, Outcome, Path, Refusal, Role, Skip, Tier,
+    Waited,
 };
+pub use neighbours::NeighbourCounters;
 pub use ssd::SsdCounters;
 
 use labels::{Labels, Metric, PerLabel, PerTwo, pair};
+use neighbours::NeighbourMetrics;
 use ssd::SsdMetrics;
 
 /// Upper bounds in seconds: 10 µs to 50 s in steps of 1, 2, 5.
@@ -128,6 +132,8 @@ pub struct CoreCounters {
     pub worker_restarts: u64,
     /// The SSD's.
     pub ssd: SsdCounters,
+    /// Between sidecars of this node.
+    pub neighbours: NeighbourCounters,
 }
 
 /// All metrics of one sidecar.
@@ -137,6 +143,7 @@ pub struct Metrics {
     levels: Levels,
     totals: Totals,
     ssd: SsdMetrics,
+    neighbours: NeighbourMetrics,
     job_seconds: PerTwo<Direction, Outcome, Histogram>,
     job_bytes: PerLabel<Direction, Histogram>,
     copy_seconds: PerTwo<Direction, Path, Histogram>,
@@ -190,6 +197,7 @@ impl Metrics {
         let levels = Levels::new(r);
         let totals = Totals::new(r);
         let ssd = SsdMetrics::new(r);
+        let neighbours = NeighbourMetrics::new(r);
         let help = "From the job's arrival to its outcome";
         let job_seconds = PerTwo::register(r, "job", help, Some(Unit::Seconds), seconds);
         let help = "Bytes of the blocks that a job named";
@@ -209,6 +217,7 @@ impl Metrics {
             levels,
             totals,
             ssd,
+            neighbours,
             job_seconds,
             job_bytes,
             copy_seconds,
@@ -249,6 +258,7 @@ impl Metrics {
         self.levels.set(now);
         self.totals.set(now);
         self.ssd.set(&now.ssd);
+        self.neighbours.set(&now.neighbours);
     }
 
     /// The OpenMetrics text; see [`crate::http::METRICS_TYPE`].

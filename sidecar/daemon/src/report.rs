@@ -7,8 +7,12 @@ use pillion_ssd::tier::Started;
 
 use crate::{
     driver::{Driver, View},
+    neighbours,
     session::Shared,
-    status::{RegistrationStatus, SessionStatus, SidecarStatus, SsdDirectoryStatus, SsdStatus, StatusReport},
+    status::{
+        NeighbourStatus, RegistrationStatus, SessionStatus, SidecarStatus, SsdDirectoryStatus, SsdStatus,
+        StatusReport,
+    },
 };
 
 /// The report as JSON.
@@ -28,9 +32,14 @@ pub fn json(driver: &Driver, shared: &Shared) -> String {
         },
         sessions: driver.views().map(|(id, view, way, jobs)| session(id.0, view, way, jobs)).collect(),
         ssd: ssd(driver, shared),
+        neighbours: driver.neighbours.views().into_iter().map(neighbour).collect(),
         ..StatusReport::default()
     };
     report.with_counters(&driver.counters()).to_json()
+}
+
+fn neighbour(view: neighbours::View) -> NeighbourStatus {
+    NeighbourStatus { device: view.device, pool_bytes: view.pool_bytes, tenants: view.tenants as u64 }
 }
 
 fn ssd(driver: &Driver, shared: &Shared) -> SsdStatus {

@@ -4,6 +4,7 @@
 //! A report of another version still reads: fields that it lacks are zero or
 //! empty, fields that we do not know are left out.
 
+mod neighbours;
 mod print;
 mod ssd;
 
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::metrics::CoreCounters;
 
+pub use neighbours::{NeighbourBlocks, NeighbourStatus};
 pub use print::print;
 pub use ssd::{SsdDirectoryStatus, SsdStatus};
 
@@ -39,6 +41,10 @@ pub struct StatusReport {
     pub tiers: Vec<TierStatus>,
     /// The SSD behind it.
     pub ssd: SsdStatus,
+    /// Sidecars of this node that lend to this one.
+    pub neighbours: Vec<NeighbourStatus>,
+    /// Blocks between them.
+    pub neighbour_blocks: NeighbourBlocks,
     /// What should never happen, counted since the start.
     pub faults: FaultStatus,
 }
@@ -228,6 +234,7 @@ pub struct FaultStatus {
 impl StatusReport {
     /// Fills everything that the counters know; sessions and process are the caller's.
     pub fn with_counters(mut self, now: &CoreCounters) -> Self {
+        self.neighbour_blocks = NeighbourBlocks::of(&now.neighbours);
         self.pool = PoolStatus {
             bytes: now.pool_bytes,
             used_bytes: now.record_bytes,

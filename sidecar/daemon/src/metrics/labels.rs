@@ -85,6 +85,14 @@ label!(
     Write = "write",
 );
 label!(
+    /// Which way blocks go between sidecars of a node.
+    Lending, "way":
+    /// From a neighbour's pool.
+    Borrowed = "borrowed",
+    /// From ours.
+    Lent = "lent",
+);
+label!(
     /// What became of a lease request that waited for the SSD.
     Waited, "outcome":
     /// All came in time.

@@ -12,6 +12,7 @@ pub fn print(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> 
     work(report, out)?;
     report.tiers.iter().try_for_each(|tier| self::tier(tier, out))?;
     report.ssd.print(out)?;
+    super::neighbours::print(&report.neighbours, &report.neighbour_blocks, out)?;
     faults(report, out)
 }
 

@@ -1,0 +1,192 @@
+"""Sidecars of one node: what one has, the other's engines load from its pool."""
+
+from __future__ import annotations
+
+import random
+import time
+
+from chaos import wire
+from chaos.conftest import World
+from chaos.engine import Traffic, chain
+from chaos.sidecar import Sidecar, until
+from chaos.wire import Raw
+
+
+def pair(world: World, **flags: object) -> tuple[Sidecar, Sidecar]:
+    """Two sidecars in one runtime folder."""
+    first = world.sidecar(device="cpu0", **flags)
+    second = first.sibling("cpu1")
+    world.sidecars.append(second)
+    second.start()
+    return first, second
+
+
+def borrows(sidecar: Sidecar, count: int = 1) -> bool:
+    return len(sidecar.status()["neighbours"]) == count
+
+
+def meet(first: Sidecar, second: Sidecar) -> None:
+    until(lambda: borrows(first) and borrows(second), lambda: f"them to meet\n{first.explain()}", 10)
+
+
+def test_what_a_neighbour_has_is_loaded_and_stored_once(world: World) -> None:
+    first, second = pair(world)
+    meet(first, second)
+    prompt = chain("a", 30)
+    world.engine(first, "writer").must_save(prompt)
+    reader = world.engine(second, "reader")
+    until(lambda: reader.lookup(prompt) == 30, "the neighbour's table")
+    assert reader.scheduler.absent(0, b"".join(prompt)) == [], "not to be saved again"
+    reader.must_load(prompt)
+    assert second.status()["pool"]["records"] == 0, "one copy"
+    assert second.status()["neighbour_blocks"]["borrowed"] == 30
+    assert first.status()["neighbour_blocks"]["lent"] == 30
+    for sidecar in (first, second):
+        sidecar.await_unleased()
+
+
+def test_an_engine_that_came_first_learns_of_neighbours_later(world: World) -> None:
+    first = world.sidecar(device="cpu0")
+    early = world.engine(first, "early")
+    second = first.sibling("cpu1")
+    world.sidecars.append(second)
+    second.start()
+    meet(first, second)
+    prompt = chain("a", 8)
+    world.engine(second, "writer").must_save(prompt)
+    until(lambda: early.lookup(prompt) == 8, "the table of a neighbour, for a tenant that it had not known")
+    early.must_load(prompt)
+
+
+def test_a_prefix_that_lies_in_two_pools_comes_in_one_load(world: World) -> None:
+    first, second = pair(world)
+    meet(first, second)
+    prompt = chain("a", 20)
+    world.engine(first, "one").must_save(prompt[:12])
+    engine = world.engine(second, "two")
+    until(lambda: engine.lookup(prompt) == 12, "the neighbour's part")
+    engine.must_save(prompt[12:], parent=prompt[11])
+    assert engine.lookup(prompt) == 20
+    engine.must_load(prompt)
+
+
+def test_tenants_and_models_stay_apart(world: World) -> None:
+    first, second = pair(world, config='[tenants.red]\nuids = []\n[tenants.blue]\nuids = []\n')
+    meet(first, second)
+    prompt = chain("a", 8)
+    world.engine(first, "writer", tenant="red").must_save(prompt)
+    reader = world.engine(second, "reader", tenant="red")
+    until(lambda: reader.lookup(prompt) == 8, "the same tenant")
+    for name, options in (("blue", {"tenant": "blue"}), ("other", {"tenant": "red", "model": "model-b"})):
+        stranger = world.engine(second, name, **options)
+        time.sleep(0.1)
+        assert stranger.lookup(prompt) == 0 and stranger.load(prompt) is None
+
+
+def test_another_cluster_secret_finds_nothing(world: World) -> None:
+    first = world.sidecar(device="cpu0")
+    second = first.sibling("cpu1")
+    second.state = first.place / "other"
+    world.sidecars.append(second)
+    second.start()
+    meet(first, second)
+    prompt = chain("a", 8)
+    world.engine(first, "writer").must_save(prompt)
+    reader = world.engine(second, "reader")
+    time.sleep(0.3)
+    assert reader.lookup(prompt) == 0 and reader.load(prompt) is None
+
+
+def test_neighbours_can_be_switched_off(world: World) -> None:
+    first, second = pair(world, neighbours="off")
+    prompt = chain("a", 8)
+    world.engine(first, "writer").must_save(prompt)
+    reader = world.engine(second, "reader")
+    time.sleep(0.6)
+    assert borrows(second, 0) and reader.lookup(prompt) == 0
+    raw = Raw(first.socket, wire.hello(role=wire.NEIGHBOUR))
+    kind, text = raw.receive() or (0, b"")
+    assert kind == wire.REFUSED and b"neighbours" in text
+    raw.close()
+
+
+def test_a_neighbour_that_is_killed_under_load_costs_hits_only(world: World) -> None:
+    """Every byte that is loaded is compared by the engines themselves."""
+    first, second = pair(world, host_pool="16MiB")
+    meet(first, second)
+    chance = random.Random(7)
+    with (
+        Traffic(world.engine(first, "a"), seed=1, prompts=6) as one,
+        Traffic(world.engine(second, "b"), seed=1, prompts=6) as two,
+    ):
+        for _ in range(4):
+            time.sleep(0.3 + chance.random() * 0.3)
+            first.kill_worker()
+            until(lambda: first.try_status() is not None, "the supervisor to start it again", 10)
+        meet(first, second)
+        done = (one.loaded, two.loaded)
+        until(lambda: one.loaded > done[0] and two.loaded > done[1], "loads to go on", 10)
+    assert two.engine.slowest[0] < 1.0
+
+
+def test_a_neighbour_that_is_stopped_is_not_waited_for(world: World) -> None:
+    first, second = pair(world)
+    meet(first, second)
+    prompt = chain("a", 8)
+    world.engine(first, "writer").must_save(prompt)
+    reader = world.engine(second, "reader")
+    until(lambda: reader.lookup(prompt) == 8, "the neighbour's table")
+    with first.stopped():
+        until(lambda: reader.lookup(prompt) == 0, "its table to go stale", 3)
+        assert reader.load(prompt, seconds=2) is None
+        own = chain("b", 8)
+        reader.must_save(own)
+        reader.must_load(own)
+    until(lambda: reader.lookup(prompt) == 8, "it to be there again", 10)
+    reader.must_load(prompt)
+
+
+def test_a_small_pool_that_evicts_what_is_lent_waits_for_its_return(world: World) -> None:
+    """The owner writes all the time; what it has lent stays where it is."""
+    first, second = pair(world, host_pool="8MiB")
+    meet(first, second)
+    with (
+        Traffic(world.engine(first, "a"), seed=3, prompts=40) as one,
+        Traffic(world.engine(second, "b"), seed=3, prompts=40) as two,
+    ):
+        until(
+            lambda: second.status()["neighbour_blocks"]["borrowed"] > 200 and one.loaded and two.loaded,
+            "many blocks to be borrowed",
+            20,
+        )
+    for sidecar in (first, second):
+        sidecar.await_unleased()
+        assert sidecar.status()["errors"]["checksum_failures"] == 0
+
+
+def test_a_hostile_neighbour_learns_and_breaks_nothing(world: World) -> None:
+    sidecar = world.sidecar()
+    engine = world.engine(sidecar)
+    prompt = chain("a", 8)
+    engine.must_save(prompt)
+    raw = Raw(sidecar.socket, wire.hello(role=wire.NEIGHBOUR))
+    raw.expect(wire.WELCOME)
+    # Hashes are no keys: those derive from the cluster's secret.
+    raw.send(wire.frame(wire.BORROW, wire.table(("Q", 1), b"".join(prompt))))
+    answer = raw.expect(wire.BORROWED)
+    assert b"\xff" * 64 in answer, "nothing is lent"
+    for kind, message in (
+        (wire.BORROW, wire.table(("Q", 2), b"x" * 33)),
+        (wire.DAMAGED, wire.table(b"short")),
+    ):
+        raw.send(wire.frame(kind, message))
+        raw.expect(wire.REFUSED)
+    raw.send(wire.frame(wire.DAMAGED, wire.table(bytes(32))))
+    raw.close()
+    # A client that is none cannot borrow.
+    raw = Raw(sidecar.socket, wire.hello())
+    raw.expect(wire.WELCOME)
+    raw.send(wire.frame(wire.BORROW, wire.table(("Q", 1), bytes(32))))
+    assert b"\xff" * 8 in raw.expect(wire.BORROWED)
+    raw.close()
+    engine.must_load(prompt)
