@@ -172,6 +172,8 @@ def test_every_kind_of_cache_goes_out_and_in(
                 caches = dict(allocate_kv_cache(config, torch.device("cpu"), layout, sizes))
             except (AssertionError, ValueError):
                 continue  # vLLM has no such thing
+            if len(model) > 1 and order.name in ("LHBNC", "BHLNC"):
+                continue  # nor this, for groups whose pages differ: `resolve_kv_cache_layout`
             engine = Hybrid(sidecar, f"{name}/{order.name}/{split}", config, caches, order.name)
             try:
                 round_trip(engine)
@@ -217,7 +219,8 @@ def test_a_group_that_lies_elsewhere_than_described_is_refused_by_its_canary(wor
     client.check_canary(0, 1)
     with pytest.raises(ValueError, match="that of group 1 was not"):
         client.register()
-    describe("LBHNC")
+    canary.write(found.views[1], found.num_blocks, 1)
+    describe("LBNHC")
     with pytest.raises(ValueError, match=r"layout canary: expected .* in layer `model\.layers\.2"):
         client.check_canary(1, 1)
     with pytest.raises(ValueError, match="expected a KV cache group below 2, got 2"):
