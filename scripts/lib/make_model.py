@@ -1,9 +1,12 @@
-"""Makes a small fp32 Llama with fixed random weights and a tokenizer, whose greedy choices have a margin.
+"""Makes a small fp32 model with fixed random weights and a tokenizer, whose greedy choices have a margin.
 
 An engine may add floating-point numbers in another order when it computes a prompt in other pieces, so the
 last bits of its logits are nobody's promise. A test that compares tokens needs a model where such bits cannot
 turn the choice: here every greedy choice over the given prompts has been checked to win by a stated margin.
 The same arguments give the same weights.
+
+Families: Llama, or one of those whose KV cache is of another kind, to see how engines keep and find it. With
+--adapter-of, a LoRA adapter for such a model is made instead.
 """
 
 import argparse
@@ -13,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,19 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
 
 from prompts import WORDS, quickstart_prompts
@@ -88,34 +103,97 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_weights(size: Size, seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    vocab = tokenizer.get_vocab()
-    config = LlamaConfig(
-        vocab_size=(len(vocab) + 63) // 64 * 64,
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        head_dim=64,
-        max_position_embeddings=size.positions,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-        dtype=torch.float32,
+HEAD = 64
+WINDOW = 80
+"""Of Gemma's sliding attention: two and a half of the blocks that tests use, so that edges are not the same."""
+SHARP = 2.5
+"""Attention over thousands of random tokens must look at a few of them: how far its logits are spread."""
+
+
+def common(size: Size, vocabulary: int) -> dict[str, Any]:
+    """What the configurations of all families call the same."""
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "max_position_embeddings": size.positions,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "dtype": torch.float32,
+    }
+
+
+def llama(size: Size, vocabulary: int) -> Any:
+    return LlamaForCausalLM(LlamaConfig(**common(size, vocabulary), head_dim=HEAD))
+
+
+def gemma3(size: Size, vocabulary: int) -> Any:
+    """Sliding-window attention, and full attention in every third layer."""
+    given = {**common(size, vocabulary), "num_hidden_layers": 6}
+    config = Gemma3TextConfig(
+        **given,
+        head_dim=HEAD,
+        query_pre_attn_scalar=round(HEAD / SHARP**2),
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        pad_token_id=None,
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return Gemma3ForCausalLM(config)
+
+
+def lfm2(size: Size, vocabulary: int) -> Any:
+    """Short convolutions, which keep a state instead of KV, and attention in every third layer."""
+    given = {**common(size, vocabulary), "num_hidden_layers": 6}
+    given["tie_word_embeddings"] = True  # vLLM ties them in any case
+    config = Lfm2Config(
+        **given,
+        layer_types=["conv", "conv", "full_attention"] * 2,
+        block_auto_adjust_ff_dim=False,
+        pad_token_id=None,
+        # vLLM asks for these two, which transformers has no field for.
+        block_dim=size.hidden,
+        conv_dim=size.hidden,
+    )
+    return Lfm2ForCausalLM(config)
+
+
+def deepseek2(size: Size, vocabulary: int) -> Any:
+    """Multi-head latent attention, without experts. Its latent is full size: vLLM's CPU kernel knows no other."""
+    config = DeepseekV2Config(
+        **{**common(size, vocabulary), "num_key_value_heads": size.heads},
+        q_lora_rank=None,
+        kv_lora_rank=512,
+        qk_nope_head_dim=HEAD,
+        qk_rope_head_dim=64,
+        v_head_dim=HEAD,
+        first_k_dense_replace=size.layers,
+    )
+    return DeepseekV2ForCausalLM(config)
+
+
+FAMILIES: dict[str, Callable[[Size, int], Any]] = {
+    "llama": llama,
+    "gemma3": gemma3,
+    "lfm2": lfm2,
+    "deepseek2": deepseek2,
+}
+
+
+def make_weights(family: str, size: Size, seed: int, tokenizer: PreTrainedTokenizerFast) -> Any:
+    vocab = tokenizer.get_vocab()
+    model = FAMILIES[family](size, (len(vocab) + 63) // 64 * 64)
     generator = torch.Generator().manual_seed(seed)
     words = torch.tensor([vocab["Ġ" + word] for word in WORDS])
     for name, weight in sorted(model.named_parameters()):
         with torch.no_grad():
             if name.endswith("norm.weight"):
-                weight.fill_(1.0)
+                fill_norm(family, name, weight, generator)
                 continue
-            weight.normal_(0.0, spread(name, weight.shape), generator=generator)
+            weight.normal_(0.0, spread(family, name, weight.shape), generator=generator)
             if name == "lm_head.weight":
                 # Only words win: what the model writes can be read, and there are fewer close seconds.
                 kept = weight[words].clone()
@@ -124,10 +202,22 @@ def make_weights(size: Size, seed: int, tokenizer: PreTrainedTokenizerFast) -> L
     return model.eval()
 
 
-def spread(name: str, shape: torch.Size) -> float:
+def fill_norm(family: str, name: str, weight: torch.Tensor, generator: torch.Generator) -> None:
+    if family == "gemma3":
+        weight.zero_()  # Gemma adds one
+    elif name.endswith("q_layernorm.weight"):
+        weight.fill_(SHARP)
+    elif name.endswith("embedding_norm.weight"):
+        # The embeddings are the head too. Without signs of its own, the last token would always win again.
+        weight.copy_(torch.randint(0, 2, weight.shape, generator=generator) * 2.0 - 1.0)
+    else:
+        weight.fill_(1.0)
+
+
+def spread(family: str, name: str, shape: torch.Size) -> float:
     """Standard deviation of a weight: signals keep their size, and attention looks at a few tokens of many."""
     if "embed_tokens" in name:
-        return 1.0
+        return math.sqrt(1.0 / shape[-1]) if family == "gemma3" else 1.0  # Gemma scales them up itself
     inputs = math.sqrt(1.0 / shape[-1])
     if "q_proj" in name or "k_proj" in name:
         return 1.6 * inputs
@@ -163,10 +253,44 @@ def check(model: Any, tokenizer: Any, prompts: list[str], max_tokens: int, bound
     return Checked(margin, noise, count)
 
 
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK = 8
+
+
+def make_adapter(place: Path, base: Path, seed: int) -> None:
+    """A LoRA adapter of random numbers, as PEFT would save it; strong enough to change what the model says."""
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, weight in sorted(model.named_parameters()):
+        module = name.removesuffix(".weight")
+        if not module.endswith(ADAPTED):
+            continue
+        outputs, inputs = weight.shape
+        down = torch.randn(RANK, inputs, generator=generator) / math.sqrt(inputs)
+        up = torch.randn(outputs, RANK, generator=generator) / math.sqrt(RANK)
+        weights[f"base_model.model.{module}.lora_A.weight"] = down
+        weights[f"base_model.model.{module}.lora_B.weight"] = up
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,  # a path would make the same adapter another one elsewhere
+        "target_modules": list(ADAPTED),
+        "r": RANK,
+        "lora_alpha": RANK,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    place.mkdir(parents=True, exist_ok=True)
+    save_file(weights, place / "adapter_model.safetensors")
+    (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
 def recipe_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     said = json.dumps([asdict(SIZES[args.size]), prompts, Path(__file__).read_text()])
     return {
         "format": FORMAT,
+        "family": args.family,
         "size": args.size,
         "seed": args.seed,
         "max_tokens": args.max_tokens,
@@ -179,7 +303,7 @@ def search(args: argparse.Namespace, tokenizer: Any, prompts: list[str]) -> tupl
     """The first seed from `--seed` on whose choices all hold."""
     for seed in range(args.seed, args.seed + args.tries):
         started = time.monotonic()
-        model = make_weights(SIZES[args.size], seed, tokenizer)
+        model = make_weights(args.family, SIZES[args.size], seed, tokenizer)
         with torch.inference_mode():
             found = check(model, tokenizer, prompts, args.max_tokens, args.margin)
         holds = found.holds(args.margin)
@@ -206,6 +330,13 @@ def arguments() -> argparse.Namespace:
         "--seed", type=int, default=DEFAULT_SEED, help="first seed to try (default: %(default)s)"
     )
     parser.add_argument("--tries", type=int, default=40, help="seeds to try (default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, default="llama", help="default: %(default)s")
+    parser.add_argument(
+        "--adapter-of",
+        type=Path,
+        metavar="MODEL",
+        help="make a LoRA adapter for this Llama, from --seed alone",
+    )
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--prompts", type=Path, help="JSON list of prompts to check (default: quickstart's)")
     parser.add_argument(
@@ -218,6 +349,9 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     logging.disable_progress_bar()
+    if args.adapter_of is not None:
+        make_adapter(args.dir, args.adapter_of, args.seed)
+        return
     tokenizer = make_tokenizer()
     if args.prompts:
         prompts = json.loads(args.prompts.read_text())

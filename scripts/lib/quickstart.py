@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,30 +27,35 @@ TRANSFER = (
 SERVED_NAME = "quickstart"
 MAX_TOKENS = 16
 LONGEST_PROMPT = 2100
+SSD_CAPACITY = "2GiB"
 SAVE_SECONDS = 30
 
 
 @dataclass
 class Row:
-    """One prompt's three answers, and how many tokens came from where."""
+    """One prompt's answers, and how many tokens came from where."""
 
     prompt: Prompt
     plain: Answer
     cold: Answer | None = None
     warm: Answer | None = None
+    restart: Answer | None = None
     loaded: int = 0
+    from_ssd: int = 0
     own_cache_cold: int = 0
     own_cache_warm: int = 0
+    own_cache_restart: int = 0
 
     @property
     def identical(self) -> bool:
-        return all(
-            run is not None and run.token_ids == self.plain.token_ids for run in (self.cold, self.warm)
-        )
+        return all(self.same(run) for run in (self.cold, self.warm))
+
+    def same(self, run: Answer | None) -> bool:
+        return run is not None and run.token_ids == self.plain.token_ids
 
     @property
     def own_cache(self) -> bool:
-        return self.own_cache_cold > 0 or self.own_cache_warm > 0
+        return self.own_cache_cold + self.own_cache_warm + self.own_cache_restart > 0
 
 
 def say(text: str) -> None:
@@ -72,6 +78,8 @@ class Quickstart:
         self.engine: Engine | None = None
         self.prompts: list[Prompt] = []
         self.sidecars_before = sidecars.running()
+        # Whoever runs a sidecar already has decided what it may write, and when it ends.
+        self.with_ssd = not self.sidecars_before
 
     def vllm_flags(self) -> list[str]:
         """vLLM's own flags: what a small machine needs. Nothing here is about Pillion."""
@@ -97,6 +105,9 @@ class Quickstart:
         vllm = Path(sys.executable).parent / "vllm"
         command = [str(vllm), "serve", self.model, *self.vllm_flags(), *transfer]
         environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        if self.with_ssd:
+            # The sidecar that the engine starts inherits it.
+            environment["PILLION_SSD"] = f"{PLACE}/ssd-{{device}}={SSD_CAPACITY}"
         if Path(self.model).is_dir():
             environment["HF_HUB_OFFLINE"] = "1"
         log = PLACE / f"{name.replace(' ', '-').replace(',', '')}.log"
@@ -172,6 +183,23 @@ class Quickstart:
         for row in rows:
             row.warm, row.loaded, row.own_cache_warm = self.measured(engine, row.prompt)
 
+    def restart(self, rows: list[Row]) -> None:
+        """Engine and sidecar end, as with a reboot: what comes back can only come from the SSD."""
+        say("stopping this engine and its sidecar")
+        self.stop_engine()
+        self.stop_own_sidecars()
+        engine = self.start("vLLM and a sidecar, both started again", pillion=True)
+        self.report_sidecar()
+        self.warm_up(engine)
+        for row in rows:
+            row.restart, row.from_ssd, row.own_cache_restart = self.measured(engine, row.prompt)
+
+    def clear_ssd(self) -> None:
+        """What an earlier run left: nobody has it open, and its prompts are not asked again."""
+        if self.with_ssd:
+            for place in PLACE.glob("ssd-*"):
+                shutil.rmtree(place)
+
     def report_sidecar(self) -> None:
         if not (found := sidecars.running()):
             note("no sidecar is running: see `pillion doctor` and the engine's log for why")
@@ -204,26 +232,30 @@ class Quickstart:
 
 
 def table(rows: list[Row]) -> str:
-    head = ("request", "prompt tokens", "cold TTFT ms", "warm TTFT ms", "loaded by Pillion", "output")
-    lines = [head]
+    head = ["request", "prompt tokens", "cold TTFT ms", "warm TTFT ms", "loaded by Pillion"]
+    restarted = all(row.restart is not None for row in rows)
+    head += ["from SSD TTFT ms", "loaded from SSD"] if restarted else []
+    lines = [[*head, "output"]]
     for row in rows:
         assert row.cold is not None and row.warm is not None
         mark = " *" if row.own_cache else ""
-        lines.append(
-            (
-                row.prompt.name + mark,
-                str(row.plain.prompt_tokens),
-                f"{row.cold.ttft_ms:.0f}",
-                f"{row.warm.ttft_ms:.0f}",
-                str(row.loaded),
-                "identical" if row.identical else "DIFFERS",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+        line = [
+            row.prompt.name + mark,
+            str(row.plain.prompt_tokens),
+            f"{row.cold.ttft_ms:.0f}",
+            f"{row.warm.ttft_ms:.0f}",
+            str(row.loaded),
+        ]
+        same = row.identical
+        if restarted and row.restart is not None:
+            line += [f"{row.restart.ttft_ms:.0f}", str(row.from_ssd)]
+            same = same and row.same(row.restart)
+        lines.append([*line, "identical" if same else "DIFFERS"])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     out = []
     for number, line in enumerate(lines):
         cells = [
-            cell.ljust(width) if column in (0, 5) else cell.rjust(width)
+            cell.ljust(width) if column in (0, len(widths) - 1) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ]
         out.append("  ".join(cells).rstrip())
@@ -243,34 +275,47 @@ def summary(rows: list[Row]) -> str:
     # Plain vLLM's times are not beside them: on a small machine it keeps one core more to itself when it has
     # a connector, so they would compare numbers of threads.
     cold, warm = median(lambda row: row.cold), median(lambda row: row.warm)
-    return (
-        f"median time to first token, distinct prefixes: {cold:.0f} ms cold, {warm:.0f} ms after the restart "
+    text = (
+        f"median time to first token, distinct prefixes: {cold:.0f} ms cold, {warm:.0f} ms after the engine's restart "
         f"({cold / warm:.1f} times faster)"
     )
+    if all(row.restart is not None for row in rows):
+        ssd = median(lambda row: row.restart)
+        text += f", {ssd:.0f} ms from the SSD after both restarted ({cold / ssd:.1f} times faster)"
+    return text
 
 
 def as_json(rows: list[Row]) -> dict[str, Any]:
-    requests = []
-    for row in rows:
-        if not row.prompt.first:
-            continue
-        assert row.cold is not None and row.warm is not None
-        requests.append(
-            {
-                "prompt_tokens": row.plain.prompt_tokens,
-                "cached_tokens": row.loaded,
-                "ttft_ms_cold": round(row.cold.ttft_ms, 2),
-                "ttft_ms_warm": round(row.warm.ttft_ms, 2),
-                "identical": row.identical,
-            }
-        )
-    return {"requests": requests, "identical": all(row.identical for row in rows)}
+    def request(row: Row, later: Answer | None, cached: int, identical: bool) -> dict[str, Any]:
+        assert row.cold is not None and later is not None
+        return {
+            "prompt_tokens": row.plain.prompt_tokens,
+            "cached_tokens": cached,
+            "ttft_ms_cold": round(row.cold.ttft_ms, 2),
+            "ttft_ms_warm": round(later.ttft_ms, 2),
+            "identical": identical,
+        }
+
+    first = [row for row in rows if row.prompt.first]
+    requests = [request(row, row.warm, row.loaded, row.identical) for row in first]
+    report: dict[str, Any] = {"requests": requests, "identical": all(row.identical for row in rows)}
+    if all(row.restart is not None for row in rows):
+        report["restart"] = {
+            "requests": [request(row, row.restart, row.from_ssd, row.same(row.restart)) for row in first],
+            "identical": all(row.same(row.restart) for row in rows),
+        }
+    return report
 
 
 def verdict(rows: list[Row], own_model: bool) -> list[str]:
     """What is wrong; nothing if all is well."""
     problems = []
-    if different := [row.prompt.name for row in rows if not row.identical]:
+    restarted = all(row.restart is not None for row in rows)
+
+    def differs(row: Row) -> bool:
+        return not row.identical or (restarted and not row.same(row.restart))
+
+    if different := [row.prompt.name for row in rows if differs(row)]:
         problems.append(f"the output differs from plain vLLM's for {', '.join(different)}")
         if own_model:
             problems[-1] += (
@@ -279,6 +324,8 @@ def verdict(rows: list[Row], own_model: bool) -> list[str]:
             )
     if missed := [row.prompt.name for row in rows if row.prompt.first and row.loaded == 0]:
         problems.append(f"Pillion loaded nothing for {', '.join(missed)}")
+    if lost := [row.prompt.name for row in rows if restarted and row.prompt.first and row.from_ssd == 0]:
+        problems.append(f"nothing came from the SSD for {', '.join(lost)}")
     return problems
 
 
@@ -351,8 +398,13 @@ def demonstrate(run: Quickstart) -> int:
     args = run.args
     prepare_model(args, run.model)
     rows = run.reference()
+    run.clear_ssd()
     run.cold(rows)
     run.warm(rows)
+    if run.with_ssd:
+        run.restart(rows)
+    else:
+        note("the sidecar was here before: it is not ended to show what the SSD brings back")
     print(f"\n{table(rows)}\n\n{summary(rows)}")
     if args.json:
         args.json.write_text(json.dumps(as_json(rows), indent=1) + "\n")

@@ -47,6 +47,50 @@ def preload() -> None:
             module.get_mp_context = lambda: fork  # type: ignore[attr-defined]
     from vllm.engine.arg_utils import AsyncEngineArgs  # noqa: F401
 
+    rotate_three_dimensions_right()
+    keep_prefix_caching_of_mla()
+
+
+def rotate_three_dimensions_right() -> None:
+    """vllm/model_executor/layers/rotary_embedding/base.py: the CPU kernel is wrong for queries and keys in 3-D.
+
+    It takes the stride of dimension -2 for a token's, which is a head's there: how a token is rotated then
+    depends on how its prompt was cut into steps. LFM2 and DeepSeek call it so; what they answer with plain
+    vLLM depends on what the prefix cache had. Llama and Gemma call it in 2-D, and are left alone.
+    """
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    kernel = RotaryEmbedding.forward_cpu
+
+    def forward_cpu(self: Any, positions: Any, query: Any, key: Any = None) -> Any:
+        if query.dim() == 3:
+            return self.forward_native(positions, query, key)
+        return kernel(self, positions, query, key)
+
+    RotaryEmbedding.forward_cpu = forward_cpu
+
+
+def keep_prefix_caching_of_mla() -> None:
+    """vllm/platforms/cpu.py: without AMX, MLA loses prefix caching and prefill in chunks on CPU.
+
+    What both need is there all the same (it is what AMX machines use), and answers are the same with it.
+    Without it a KV connector would have nothing to do.
+    """
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        cache, scheduler = vllm_config.cache_config, vllm_config.scheduler_config
+        caching, chunks = cache.enable_prefix_caching, scheduler.enable_chunked_prefill
+        step_tokens = scheduler.max_num_batched_tokens
+        check(cls, vllm_config)
+        if vllm_config.model_config is not None and vllm_config.model_config.use_mla:
+            cache.enable_prefix_caching, scheduler.enable_chunked_prefill = caching, chunks
+            scheduler.max_num_batched_tokens = step_tokens
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
 
 class Stats:
     """Sums of what vLLM hands to its loggers."""
@@ -96,6 +140,8 @@ def counters_of(_worker: Any) -> dict[str, Any]:
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     half = get_kv_transfer_group()._worker
+    if half.client is None:
+        return {"unquiesced": 0, "ready": False}  # refused, and uncached: nothing is ever under way
     return {
         **half.client.counters(),
         "unquiesced": half.client.unquiesced(),
@@ -159,9 +205,16 @@ class Session:
             self.send(id=number, error=f"{type(error).__name__}: {error}")
 
     async def do_generate(
-        self, number: int, tokens: list[int], max_tokens: int, logprobs: int | None = None
+        self,
+        number: int,
+        tokens: list[int],
+        max_tokens: int,
+        logprobs: int | None = None,
+        salt: str | None = None,
+        adapter: tuple[str, int, str] | None = None,
     ) -> dict[str, Any]:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         sampling = SamplingParams(
             temperature=0.0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, logprobs=logprobs
@@ -170,7 +223,9 @@ class Session:
         times: list[float] = []
         seen = 0
         output = None
-        async for output in self.engine.generate({"prompt_token_ids": tokens}, sampling, f"r{number}"):
+        prompt = {"prompt_token_ids": tokens, **({"cache_salt": salt} if salt else {})}
+        lora = LoRARequest(*adapter) if adapter else None
+        async for output in self.engine.generate(prompt, sampling, f"r{number}", lora_request=lora):
             count = len(output.outputs[0].token_ids)
             if count > seen:
                 times.append(time.monotonic() - begun)

@@ -221,12 +221,15 @@ class Engine:
     # ---- requests
 
     def submit(self, prompt: Prompt, *, logprobs: int | None = None) -> Pending:
+        adapter = prompt.adapter
         return self.start_call(
             "generate",
             prompt,
             tokens=list(prompt.tokens),
             max_tokens=prompt.max_tokens,
             logprobs=logprobs,
+            salt=prompt.salt,
+            adapter=adapter and [adapter.name, adapter.number, str(adapter.path)],
         )
 
     def ask(self, prompt: Prompt, *, logprobs: int | None = None) -> Answer:

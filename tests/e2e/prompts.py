@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 BLOCK = 32
 TOKENS = range(10, 900)
@@ -11,10 +12,29 @@ TOKENS = range(10, 900)
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as a user names it."""
+
+    name: str
+    number: int
+    """vLLM's; one for each name."""
+    path: Path
+
+
+@dataclass(frozen=True)
 class Prompt:
     name: str
     tokens: tuple[int, ...]
     max_tokens: int
+    adapter: Adapter | None = None
+    salt: str | None = None
+
+    def under(self, adapter: Adapter) -> Prompt:
+        return replace(self, name=f"{self.name}@{adapter.name}", adapter=adapter)
+
+    def salted(self, salt: str) -> Prompt:
+        """What this answers is what it answers without salt."""
+        return replace(self, salt=salt)
 
     @property
     def blocks(self) -> int:
@@ -24,10 +44,17 @@ class Prompt:
     @property
     def usable(self) -> int:
         """Tokens that a load can bring: whole blocks, and one token is always computed."""
-        return (len(self.tokens) - 1) // BLOCK * BLOCK
+        return self.usable_in(BLOCK)
+
+    def usable_in(self, block: int) -> int:
+        """The same where blocks have another size."""
+        return (len(self.tokens) - 1) // block * block
 
 
-REGISTRY: dict[str, Prompt] = {}
+Registry = dict[str, Prompt]
+REGISTRY: Registry = {}
+KINDS: Registry = {}
+"""Those for models of other kinds: fewer, since each kind needs answers of its own to all of them."""
 
 
 def text(name: str, length: int) -> tuple[int, ...]:
@@ -35,16 +62,34 @@ def text(name: str, length: int) -> tuple[int, ...]:
     return tuple(rng.choice(TOKENS) for _ in range(length))
 
 
-def prompt(name: str, length: int, *, prefix: tuple[int, ...] = (), max_tokens: int = 8) -> Prompt:
+def prompt(
+    name: str,
+    length: int,
+    *,
+    prefix: tuple[int, ...] = (),
+    max_tokens: int = 8,
+    registry: Registry = REGISTRY,
+) -> Prompt:
     """A prompt of `length` tokens in all, after a prefix that others may share."""
-    assert name not in REGISTRY, name
+    assert name not in registry, name
     made = Prompt(name, prefix + text(name, length - len(prefix)), max_tokens)
-    REGISTRY[name] = made
+    registry[name] = made
     return made
 
 
-def several(name: str, count: int, length: int, *, step: int = 0, max_tokens: int = 8) -> list[Prompt]:
-    return [prompt(f"{name}-{n}", length + n * step, max_tokens=max_tokens) for n in range(count)]
+def several(
+    name: str,
+    count: int,
+    length: int,
+    *,
+    step: int = 0,
+    max_tokens: int = 8,
+    registry: Registry = REGISTRY,
+) -> list[Prompt]:
+    return [
+        prompt(f"{name}-{n}", length + n * step, max_tokens=max_tokens, registry=registry)
+        for n in range(count)
+    ]
 
 
 # ---- fresh, warm, restarted
@@ -80,3 +125,24 @@ LATE = several("late", 3, 350, step=33)
 NOISY = several("noisy", 2, 290, step=64, max_tokens=12)
 OTHERS = several("other", 2, 340, step=40)
 OLDER = several("older", 2, 360, step=40)
+
+# ---- models of other kinds
+
+KINDS_LONG = several("kinds-long", 3, 900, step=-141, registry=KINDS)
+KINDS_SHARED = text("kinds-shared", 320)
+KINDS_SHARING = [
+    prompt(f"kinds-sharing-{n}", 400 + 11 * n, prefix=KINDS_SHARED, registry=KINDS) for n in range(4)
+]
+KINDS_COMMON = text("kinds-common", 352)
+KINDS_GROWN = [
+    prompt(f"kinds-grown-{n}", 600 + 50 * n, prefix=KINDS_COMMON, registry=KINDS) for n in range(2)
+]
+KINDS_EDGES = [prompt(f"kinds-edge-{n}", n, registry=KINDS) for n in (31, 32, 33, 79, 80, 81, 223, 224, 225)]
+"""Around the edges of blocks, and of Gemma's window."""
+KINDS_CROWD = several("kinds-crowd", 12, 200, step=17, max_tokens=12, registry=KINDS)
+KINDS_LOAD = several("kinds-load", 8, 230, step=23, max_tokens=16, registry=KINDS)
+KINDS_TIGHT = several("kinds-tight", 12, 330, step=9, max_tokens=72, registry=KINDS)
+
+# ---- adapters
+
+ADAPTED = several("adapted", 3, 420, step=-90, registry=KINDS)

@@ -58,7 +58,9 @@ class FakeNative:
     leases: dict[int, tuple[bytes, list[tuple[int, list[bytes]]], int]] = field(
         default_factory=dict
     )  # ticket -> id, (group, hashes granted) of each run, polls
-    lease_short: dict[int, int] = field(default_factory=dict)  # group -> blocks granted of its run, next time
+    lease_short: dict[int, list[int]] = field(
+        default_factory=dict
+    )  # group -> blocks granted of its next runs
     groups: int = 1
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
@@ -252,7 +254,14 @@ class FakeScheduler:
         assert all(hashes for _, hashes in asked), "a run of nothing"
         granted = [(group, self._leading(group, b"".join(hashes))) for group, hashes in asked]
         granted = [
-            (group, hashes[: native.lease_short.pop(group, native.grant_blocks_max)])
+            (
+                group,
+                hashes[
+                    : native.lease_short[group].pop(0)
+                    if native.lease_short.get(group)
+                    else native.grant_blocks_max
+                ],
+            )
             for group, hashes in granted
         ]
         native.minted += 1

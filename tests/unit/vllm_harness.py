@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,29 @@ from vllm.config import (
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     VllmConfig,
 )
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_request_block_hasher,
+    init_none_hash,
+    resolve_kv_cache_block_sizes,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, KVCacheTensor
-from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from pillion.vllm import native as source
 from pillion.vllm import support
 from unit.fake_native import FakeNative, FakeRanks
+from unit.vllm_groups import FULL, KvGroup, make_groups_config, make_groups_tensors, salted
 
 BLOCK = 16
 LAYERS = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
@@ -131,7 +137,7 @@ class SimRequest:
     """What the simulated model runner knows of a request."""
 
     tokens: list[int]
-    blocks: list[int]
+    blocks: list[list[int]]  # of each group
     values: list[int] = field(default_factory=list)  # value of each position's prefix
 
     def value(self, position: int) -> int:
@@ -156,13 +162,16 @@ class Engine:
         num_blocks: int = 200,
         overlap: bool = False,
         max_batched: int = 256,
+        groups: tuple[KvGroup, ...] = FULL,
+        retention: int | None = None,
+        drafts: int = 0,
         **transfer: Any,
     ) -> None:
         setattr(source, "native", lambda: native)  # noqa: B010
         self.natives = native.ranks if isinstance(native, FakeRanks) else [native]
         self.native = self.natives[0]
         for one in self.natives:
-            one.memory.clear()  # a fresh engine's KV cache
+            one.memory = defaultdict(list)  # a fresh engine's KV cache
         self.memory = self.native.memory
         world = len(self.natives)
         self.config = make_config(model_dir, max_batched=max_batched, world=world, **transfer)
@@ -174,24 +183,34 @@ class Engine:
             type(self.config).max_concurrent_batches = property(
                 lambda config: 2 if config.scheduler_config.async_scheduling else 1
             )
-        kv_config = make_kv_config(num_blocks)
+        self.groups = groups
+        kv_config, again = (
+            make_kv_config(num_blocks)
+            if groups == FULL
+            else make_groups_config(groups, num_blocks, retention)
+            for _ in range(2)
+        )
+        self._configure(groups, drafts)
+        scheduler_block, hash_block = resolve_kv_cache_block_sizes(kv_config, self.config)
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
-        self.hasher = get_request_block_hasher(BLOCK, hash_fn)
+        self.hasher = get_request_block_hasher(hash_block, hash_fn)
         from pillion.vllm import PillionConnector
 
         self.workers = []
         for rank in range(world):
             setattr(support, "tensor_parallel_rank", lambda _world, rank=rank: rank)  # noqa: B010
             worker = PillionConnector(self.config, KVConnectorRole.WORKER, kv_config)
-            worker.register_kv_caches(make_tensors(kv_config))
+            tensors = make_tensors if groups == FULL else make_groups_tensors
+            worker.register_kv_caches(tensors(kv_config))
             self.workers.append(worker)
         self.worker = self.workers[0]
         self.scheduler = (AsyncScheduler if overlap else Scheduler)(
             vllm_config=self.config,
-            kv_cache_config=make_kv_config(num_blocks),
+            kv_cache_config=again,
             structured_output_manager=StructuredOutputManager(self.config),
-            block_size=BLOCK,
+            block_size=scheduler_block,
+            hash_block_size=hash_block,
             log_stats=True,
         )
         self.connector = self.scheduler.connector
@@ -207,7 +226,25 @@ class Engine:
         self.held_most = 0
         self.computed: dict[str, int] = {}  # tokens that were computed, per request
         self.loads: list[tuple[str, list[int]]] = []
+        self.load_runs: list[tuple[str, Any]] = []
         self.stats: dict[str, int] = {}
+
+    def _configure(self, groups: tuple[KvGroup, ...], drafts: int) -> None:
+        """What vLLM derives from the model and its options."""
+        self.drafts = drafts
+        cache = self.config.cache_config
+        cache.block_size = max(group.block for group in groups)
+        for group in groups:
+            if group.is_state:
+                cache.mamba_cache_mode = group.kind
+        if drafts:
+            self.config.speculative_config = SpeculativeConfig(
+                method="ngram",
+                num_speculative_tokens=drafts,
+                prompt_lookup_max=2,
+                target_model_config=self.config.model_config,
+                target_parallel_config=self.config.parallel_config,
+            )
 
     @property
     def half(self) -> Any:
@@ -256,6 +293,7 @@ class Engine:
         """Executes the oldest scheduled step and gives its output to the scheduler."""
         output = self.in_flight.popleft()
         self._update_tables(output)
+        self._prepare_blocks(output)
         result = self.aggregator.aggregate([self.execute(output, rank) for rank in range(len(self.workers))])
         for outputs in self.scheduler.update_from_output(output, result).values():
             for one in outputs.outputs:
@@ -267,6 +305,8 @@ class Engine:
             if stats is not None:
                 for name, count in (stats.kv_connector_stats or {}).items():
                     self.stats[name] = self.stats.get(name, 0) + count
+        if self.drafts:
+            self._propose(output)
 
     # ---- the simulated worker
 
@@ -274,6 +314,7 @@ class Engine:
         meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
         if rank == 0:
             self.loads += [(plan.req_id, plan.blocks) for plan in meta.loads]
+            self.load_runs += [(plan.req_id, plan.runs) for plan in meta.loads]
         worker = self.workers[rank]
         worker.handle_preemptions(meta)
         worker.bind_connector_metadata(meta)
@@ -311,7 +352,9 @@ class Engine:
 
     def _update_tables(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
-            self.sims[new.req_id] = SimRequest(list(new.prompt_token_ids), list(new.block_ids[0]))
+            self.sims[new.req_id] = SimRequest(
+                list(new.prompt_token_ids), [list(own) for own in new.block_ids]
+            )
         cached = output.scheduled_cached_reqs
         for req_id, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
             sim = self.sims[req_id]
@@ -319,9 +362,31 @@ class Engine:
                 known = list(cached.all_token_ids.get(req_id, sim.tokens))
                 if len(known) > len(sim.tokens):
                     sim.tokens = known
-                sim.blocks = []
-            if blocks is not None:
-                sim.blocks.extend(blocks[0])
+                sim.blocks = [[] for _ in self.groups]
+            for own, more in zip(sim.blocks, blocks or (), strict=False):
+                own.extend(more)
+
+    def _prepare_blocks(self, output: Any) -> None:
+        """As the worker does before the forward: zeroes, then copies."""
+        for native in self.natives:
+            for block in getattr(output, "new_block_ids_to_zero", None) or ():
+                native.memory[block] = ["zero"] * BLOCK
+            for copy in getattr(output, "kv_cache_block_copies", None) or ():
+                native.memory[copy.dst_block_id] = list(native.memory[copy.src_block_id])
+
+    def _propose(self, output: Any) -> None:
+        """Drafts for every request that decodes: right ones, wrong ones, and some of each."""
+        req_ids, drafts = [], []
+        for req_id in output.num_scheduled_tokens:
+            sim = self.sims[req_id]
+            guess = SimRequest(list(sim.tokens), [])
+            for index in range(self.drafts):
+                token = next_token(guess.value(len(guess.tokens) - 1))
+                wrong = (len(sim.tokens) + index) % 5 in (2, 4)
+                guess.tokens.append(7 if wrong else token)
+            req_ids.append(req_id)
+            drafts.append(guess.tokens[-self.drafts :])
+        self.scheduler.update_draft_token_ids(DraftTokenIds(req_ids, drafts))
 
     def _forward(self, output: Any, rank: int) -> tuple[list[str], list[list[int]]]:
         """Each rank has its own part of the KV: what another rank computed is wrong here."""
@@ -334,21 +399,29 @@ class Engine:
             sim, start = self.sims[req_id], starts[req_id]
             if rank == 0:
                 self.computed[req_id] = self.computed.get(req_id, 0) + count
-            for position in range(start):
-                found = memory[sim.blocks[position // BLOCK]][position % BLOCK]
-                assert found == sim.value(position) + rank, (
-                    f"{req_id}, rank {rank}: wrong KV at position {position} of {start}"
-                )
-            for position in range(start, start + count):
-                block = memory.setdefault(sim.blocks[position // BLOCK], [None] * BLOCK)
-                block[position % BLOCK] = sim.value(position) + rank
-            if start + count == len(sim.tokens):
-                token = next_token(sim.value(start + count - 1))
-                if last:
-                    sim.tokens.append(token)
-                sampled.append([token])
-            else:
+            drafts = output.scheduled_spec_decode_tokens.get(req_id, [])
+            seen = SimRequest([*sim.tokens, *drafts], []) if drafts else sim
+            for group, (kind, table) in enumerate(zip(self.groups, sim.blocks, strict=True)):
+
+                def value(position: int, group: int = group, seen: SimRequest = seen) -> int:
+                    return salted(seen.value(position), rank, group)
+
+                try:
+                    kind.check(memory, table, value, start, start + count)
+                except AssertionError as error:
+                    raise AssertionError(f"{req_id}, rank {rank}, group {group}: {error}") from error
+                kind.write(memory, table, value, start, start + count)
+            if start + count < len(seen.tokens):
                 sampled.append([])
+                continue
+            tokens = [next_token(sim.value(len(sim.tokens) - 1))]
+            for position, draft in enumerate(drafts, len(sim.tokens)):
+                if draft != tokens[-1]:
+                    break
+                tokens.append(next_token(seen.value(position)))
+            if last:
+                sim.tokens.extend(tokens)
+            sampled.append(tokens)
         return list(output.num_scheduled_tokens), sampled
 
     # ---- checks

@@ -257,7 +257,7 @@ impl Core {
             Event::SsdDropped { key } => self.ssd_dropped(&key, actions),
         }
         if self.ssd.is_some() {
-            self.pump_ssd(actions);
+            self.pump_ssd(now_ns, actions);
             self.grant_settled(now_ns, actions);
         }
         let is_idle = self.jobs.is_empty() && self.ssd.as_ref().is_none_or(Ssd::is_idle);

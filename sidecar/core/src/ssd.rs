@@ -162,6 +162,8 @@ pub(crate) struct Ssd {
     pub(crate) fetches: KeyMap<Fetch>,
     pub(crate) gets: HashMap<u64, BlockKey>,
     pub(crate) get_bytes: u64,
+    /// When a read last ended, or was begun while none was under way.
+    pub(crate) moved_ns: u64,
     next_token: u64,
 }
 
@@ -178,6 +180,7 @@ impl Ssd {
             fetches: KeyMap::default(),
             gets: HashMap::new(),
             get_bytes: 0,
+            moved_ns: 0,
             next_token: 0,
         }
     }
@@ -248,6 +251,13 @@ impl Ssd {
     /// Nothing is on its way.
     pub(crate) fn is_idle(&self) -> bool {
         self.offers.is_empty() && self.puts.is_empty() && self.gets.is_empty()
+    }
+
+    /// How long a lease may wait now. On a disk that has brought nothing for as long as one may wait, nobody waits: each
+    /// request would be late for nothing.
+    pub(crate) fn patience_ns(&self, now_ns: u64) -> u64 {
+        let stalled = !self.gets.is_empty() && now_ns.saturating_sub(self.moved_ns) > self.limits.wait_ns;
+        if stalled { 0 } else { self.limits.wait_ns }
     }
 
     pub(crate) fn may_put(&self, bytes: u64) -> bool {

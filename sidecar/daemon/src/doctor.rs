@@ -6,6 +6,7 @@
 mod kernel;
 mod python;
 mod sidecar;
+pub mod ssd;
 
 use std::io;
 use std::path::Path;

@@ -75,7 +75,8 @@ fn recover(config: &Config, pool: Arc<HostPool>, tell: UnboundedSender<Told>) ->
     let hooks = Hooks {
         // The driver is gone only when the process ends.
         tell: Box::new(move |action| drop(tell.send(action))),
-        keep: Box::new(|_| false),
+        // Decision 008.
+        keep: Box::new(|_, was_read| was_read),
     };
     let mut records = Vec::new();
     let memory = Arc::new(memory(pool)?);

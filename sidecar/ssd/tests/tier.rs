@@ -100,7 +100,7 @@ fn start(paths: &[&Path], pool: &Pool, engine: Engine) -> Result<Run, OpenError>
     let (tell, told) = channel();
     let hooks = Hooks {
         tell: Box::new(move |action| tell.send(action).unwrap_or(())),
-        keep: Box::new(|wanted| *wanted == key(0)),
+        keep: Box::new(|wanted, _| *wanted == key(0)),
     };
     let mut recovered = HashSet::new();
     let (tier, started) = Tier::start(&config(paths, engine), &pool.memory, hooks, |entry| {
@@ -277,7 +277,7 @@ fn what_is_not_ours_is_refused_and_left_as_it_is() {
 fn settings_that_cannot_be_met_are_refused_with_what_was_expected() {
     let home = scratch();
     let pool = Pool::new();
-    let hooks = || Hooks { tell: Box::new(|_| ()), keep: Box::new(|_| false) };
+    let hooks = || Hooks { tell: Box::new(|_| ()), keep: Box::new(|_, _| false) };
     let mut small = config(&[home.path()], Engine::Threads);
     small.directories[0].capacity_bytes = 2 * SEGMENT;
     let error = Tier::start(&small, &pool.memory, hooks(), |_| ()).unwrap_err();

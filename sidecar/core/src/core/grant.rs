@@ -62,7 +62,7 @@ impl Core {
                 Slot::There(_, bytes) => self.wait_bytes += bytes,
             }
         }
-        let patience_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.limits.wait_ns);
+        let patience_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.patience_ns(now_ns));
         let wait = Wait::new(id, request, runs, now_ns + patience_ns);
         if wait.left == 0 {
             return self.grant(wait, now_ns, actions);
@@ -70,8 +70,9 @@ impl Core {
         self.counters.leases_waited += 1;
         self.wait_count += 1;
         self.waits.insert(self.wait_count, wait);
-        self.pump_waits(actions);
+        self.pump_waits(now_ns, actions);
         self.grant_settled(now_ns, actions);
+        self.grant_overdue(now_ns, actions);
     }
 
     /// Where the blocks of each run are, up to the first that is nowhere or that more than may be pinned begins with.

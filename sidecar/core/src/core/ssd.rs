@@ -81,9 +81,9 @@ impl Core {
     }
 
     /// Starts what may be started now.
-    pub(super) fn pump_ssd(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn pump_ssd(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
         self.pump_puts(actions);
-        self.pump_waits(actions);
+        self.pump_waits(now_ns, actions);
     }
 
     fn pump_puts(&mut self, actions: &mut Vec<Action>) {
@@ -185,6 +185,7 @@ impl Core {
         &mut self,
         key: &BlockKey,
         waiter: (u64, usize, usize),
+        now_ns: u64,
         actions: &mut Vec<Action>,
     ) -> Fetching {
         if let Some(id) = self.store.find(key) {
@@ -217,6 +218,9 @@ impl Core {
         let inserted = self.store.fits(new.bytes).then(|| self.store.insert(new, &mut evicted)).flatten();
         self.announce_evictions(&evicted, actions);
         let (Some(record), Some(ssd)) = (inserted, &mut self.ssd) else { return Fetching::No };
+        if ssd.gets.is_empty() {
+            ssd.moved_ns = now_ns;
+        }
         let token = ssd.token();
         ssd.get_bytes += found.bytes;
         ssd.gets.insert(token, *key);
@@ -235,6 +239,7 @@ impl Core {
     ) {
         let Some(ssd) = &mut self.ssd else { return };
         let Some(key) = ssd.gets.remove(&token) else { return };
+        ssd.moved_ns = now_ns;
         let Some(fetch) = ssd.fetches.remove(&key) else { return };
         ssd.get_bytes -= fetch.bytes;
         match ending {

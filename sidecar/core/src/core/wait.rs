@@ -68,11 +68,11 @@ impl Wait {
 
 impl Core {
     /// Asks for what waiting leases still lack, the oldest first, as far as reading is bounded.
-    pub(super) fn pump_waits(&mut self, actions: &mut Vec<Action>) {
+    pub(super) fn pump_waits(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
         let ids: Vec<u64> = self.waits.keys().copied().collect();
         for id in ids {
             while let Some((run, slot, key)) = self.next_slot(id) {
-                match self.fetch(&key, (id, run, slot), actions) {
+                match self.fetch(&key, (id, run, slot), now_ns, actions) {
                     Fetching::Later => return,
                     Fetching::Here(record) => self.arrived((id, run, slot), &key, Some(record)),
                     Fetching::No => self.arrived((id, run, slot), &key, None),

@@ -10,13 +10,13 @@ use crate::{
 
 impl Store {
     /// Empties a segment: the one named, or else one without live records, or else the oldest. Records that
-    /// `keep` wants are written again, up to half of a segment's length; the others are dropped. The file's
+    /// `keep` wants (it is told whether one was read since it was written) are written again, up to half of a segment's length; the others are dropped. The file's
     /// next life begins when that is durable and nobody reads it any more. `None`: there is nothing to evict.
     pub fn evict(
         &mut self,
         shelf: usize,
         slot: Option<u32>,
-        mut keep: impl FnMut(&RecordKey) -> bool,
+        mut keep: impl FnMut(&RecordKey, bool) -> bool,
     ) -> Option<u32> {
         self.shelves[shelf].asked_for_room = false;
         let sealed = |view: &super::SegmentView| {
@@ -35,7 +35,7 @@ impl Store {
         for key in keys {
             let Some(location) = self.index.get(&key).copied() else { continue };
             let bytes = padded(location.bytes) + OVERHEAD;
-            if bytes <= room && !self.shelves[shelf].read_only && keep(&key) {
+            if bytes <= room && !self.shelves[shelf].read_only && keep(&key, self.read.contains(&key)) {
                 room -= bytes;
                 self.shelves[shelf].relocate.push_back((key, location));
                 self.shelves[shelf].relocations += 1;

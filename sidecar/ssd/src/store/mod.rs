@@ -9,7 +9,7 @@ mod tests;
 mod write;
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::Arc,
 };
 
@@ -224,6 +224,8 @@ pub struct Life<'a> {
 pub struct Store {
     shelves: Vec<Shelf>,
     index: HashMap<RecordKey, Location>,
+    /// Of these, what was read since it was written.
+    read: HashSet<RecordKey>,
     /// Keys that wait or are being written, each with its put's token.
     writing: HashMap<RecordKey, u64>,
     pending: HashMap<u64, (u16, u32, Pending)>,
@@ -257,6 +259,7 @@ impl Store {
         Self {
             shelves: directories.iter().map(|(block, slots)| Shelf::new(*block, *slots)).collect(),
             index: HashMap::new(),
+            read: HashSet::new(),
             writing: HashMap::new(),
             pending: HashMap::new(),
             actions: VecDeque::new(),
@@ -281,6 +284,8 @@ impl Store {
         };
         place.state = State::Sealed;
         (place.id, place.first_sequence, place.proved) = (id, first_sequence, proved);
+        // A terabyte has half a million of them: no slack.
+        place.keys.reserve_exact(entries.len());
         self.next_sequence = self.next_sequence.max(first_sequence);
         for entry in entries {
             self.next_sequence = self.next_sequence.max(entry.sequence + 1);
@@ -454,6 +459,7 @@ impl Store {
 
     fn displace(&mut self, key: &RecordKey) -> Option<Location> {
         let location = self.index.remove(key)?;
+        self.read.remove(key);
         let segment = self.segment(location);
         segment.live -= 1;
         segment.live_bytes -= location.bytes;
@@ -521,6 +527,9 @@ impl Store {
         match proved {
             Ok(checksum) => {
                 self.counters.loaded += 1;
+                if self.index.contains_key(&key) {
+                    self.read.insert(key);
+                }
                 self.actions.push_back(Action::Loaded { token, key, checksum });
             }
             Err(error) => {

@@ -200,6 +200,28 @@ fn a_slow_disk_makes_leases_shorter_and_what_it_brings_is_there_for_the_next() {
 }
 
 #[test]
+fn nobody_waits_for_a_disk_that_hangs_but_the_first() {
+    let mut rig = rig(8);
+    let engine = rig.engine("e", &tenant(1), "m");
+    rig.saved(&engine, None, 0..4);
+    rig.put_all();
+    let mut next = rig.restarted(8);
+    let engine = next.engine("e", &tenant(1), "m");
+    let first = next.ask(&engine, 0..4);
+    next.now += 201 * MS;
+    next.apply(Event::Tick);
+    assert_eq!(next.answer(first), Some(0));
+    let second = next.ask(&engine, 0..4);
+    assert_eq!(next.answer(second), Some(0), "at once");
+    // It comes back: what it was asked for is there, and it is waited for again.
+    next.get(None);
+    let third = next.ask(&engine, 0..4);
+    assert_eq!(next.answer(third), None);
+    next.get_all();
+    assert_eq!(next.answer(third), Some(4));
+}
+
+#[test]
 fn a_damaged_or_lost_record_ends_the_prefix_and_is_saved_anew() {
     for ending in [GetEnding::Corrupt, GetEnding::Gone] {
         let mut rig = rig(8);

@@ -139,7 +139,7 @@ fn a_copy_that_lost_its_payload_does_not_hide_the_older_whole_one() {
     (0..6).for_each(|n| world.save(n, true));
     let from = world.store.index[&key(0)];
     // Written again to make room, and the power goes before the sync.
-    world.store.evict(0, Some(from.slot), |key| number(key) == 0);
+    world.store.evict(0, Some(from.slot), |key, _| number(key) == 0);
     let to = loop {
         let moved = world.store.pending.values().find_map(|(_, _, pending)| match pending {
             Pending::Sync { acks, .. } => acks.iter().find_map(|ack| ack.place),
@@ -191,7 +191,7 @@ fn a_copy_that_nobody_vouches_for_counts_until_the_next_one_is_durable() {
     let old = world.store.index[&key(0)].slot;
     world.store.shelves[0].segments[old as usize].proved = false;
     world.save(0, false);
-    world.store.evict(0, None, |_| false);
+    world.store.evict(0, None, |_, _| false);
     disk.lock().unwrap().broken = Some((What::Write, 5));
     world.save(2, false);
     disk.lock().unwrap().broken = None;

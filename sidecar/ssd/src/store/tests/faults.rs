@@ -196,7 +196,7 @@ fn a_durable_record_outlives_an_error_while_it_is_kept_and_the_loss_of_power() {
     // A sync of the open segment takes its time; meanwhile one copy is written there, and the next one fails.
     world.put(6, true).unwrap();
     assert_eq!(world.drive_but(|op| op.what == What::Sync).len(), 1);
-    world.store.evict(0, Some(from), |key| number(key) < 2).unwrap();
+    world.store.evict(0, Some(from), |key, _| number(key) < 2).unwrap();
     let mut writes = 0;
     let mut held = world.drive_but(|op| {
         writes += u64::from(op.what == What::Write);
@@ -223,7 +223,7 @@ fn a_sync_that_fails_while_room_is_made_loses_nothing_that_was_durable() {
     let mut world = World::on(&disk, 1);
     (0..6).for_each(|n| world.save(n, true));
     let from = world.store.index[&key(0)].slot;
-    world.store.evict(0, Some(from), |key| number(key) < 2).unwrap();
+    world.store.evict(0, Some(from), |key, _| number(key) < 2).unwrap();
     let mut held = world.drive_but(|op| op.what == What::Sync);
     assert_eq!(held.len(), 1);
     disk.lock().unwrap().broken = Some((What::Sync, BAD_MEDIUM));
@@ -256,7 +256,7 @@ fn puts_end_when_nothing_is_left_to_evict() {
                         segment.state = State::Retired;
                     }
                 }
-                assert_eq!(world.store.evict(0, None, |_| true), None);
+                assert_eq!(world.store.evict(0, None, |_, _| true), None);
             } else {
                 world.act(action);
             }
