@@ -183,10 +183,13 @@ def test_every_kind_of_cache_goes_out_and_in(
     assert seen >= 4
 
 
-def test_a_group_that_lies_elsewhere_than_described_is_refused_by_its_canary(world: World) -> None:
+def test_a_group_that_lies_elsewhere_than_described_is_refused_by_its_canary(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two groups; the second one's views are read in another order of heads and tokens than vLLM's."""
-    from pillion.vllm import canary, groups
+    from pillion.vllm import canary, device, groups
 
+    monkeypatch.setattr(device, "on_cuda", lambda: True)
     module = generator()
     config, layout = module.config_of("LBHNC", module.groups()["full and window"])
     caches = dict(allocate_kv_cache(config, torch.device("cpu"), layout, [16, 16]))
