@@ -338,3 +338,32 @@ def test_a_driver_that_does_not_answer_is_not_waited_for_by_the_sidecar(
     done = pillion("serve", "--detach", "--host-pool=8MiB", **nowhere)
     assert done.returncode == 0 and "CUDA_ERROR_UNKNOWN (999)" in done.stderr, done.stderr
     assert stop(nowhere) == ["cpu0"]
+
+
+def test_what_a_gpu_engine_saved_comes_back_from_the_ssd(world: World, tmp_path: Path) -> None:
+    """The same pool is pinned for the device and read and written by the disk."""
+    sidecar = world.sidecar(host_pool="16MiB", ssd=f"{tmp_path}/{{device}}=64MiB", ssd_segment="4MiB")
+    engine = world.engine(sidecar, "engine", KV)
+
+    def ssd() -> dict[str, Any]:
+        status: dict[str, Any] = sidecar.status()["ssd"]
+        return status
+
+    for name in ("a", "b"):
+        # Together more than the pool holds.
+        engine.call("done", job=engine.call("save", prompt=name, count=40))
+        until(lambda: not ssd()["writes_waiting"], lambda: f"the writes: {ssd()}")
+    assert (ssd()["records"], [path.name for path in tmp_path.glob("gpu-*")]) == (80, [sidecar.device])
+
+    def come_back() -> None:
+        for name in ("a", "b"):
+            engine.call("await_hits", prompt=name, count=40)
+            assert engine.call("done", job=engine.call("load", prompt=name, count=40))
+            engine.call("settle")
+
+    come_back()
+    attaches = engine.call("attaches")
+    sidecar.kill_worker()
+    engine.call("await_again", before=attaches)
+    come_back()
+    assert ssd()["blocks_read"] >= 80 and not ssd()["read_failures"]

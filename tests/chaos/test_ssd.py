@@ -128,8 +128,7 @@ def test_bytes_that_change_on_the_disk_are_misses(world: World, disk: Path, seed
     for prompt in prompts:
         engine.must_save(prompt)
     await_written(sidecar, 400)
-    engine.close()
-    world.engines.remove(engine)
+    leave(world, engine)
     if orderly:
         sidecar.terminate()
     else:
@@ -158,6 +157,12 @@ def test_bytes_that_change_on_the_disk_are_misses(world: World, disk: Path, seed
         until(whole, "all damaged blocks to be replaced")
 
 
+def leave(world: World, engine: FakeEngine) -> None:
+    """It does not come back when the sidecar does."""
+    engine.close()
+    world.engines.remove(engine)
+
+
 def kill(sidecar: Sidecar) -> None:
     """Supervisor and worker, at once."""
     assert sidecar.process
@@ -177,6 +182,7 @@ def test_after_a_restart_tenants_and_models_are_walls_still(world: World, disk: 
     prompt = chain("a", 16)
     red.must_save(prompt)
     await_written(sidecar, 16)
+    leave(world, red)
     sidecar.terminate()
     sidecar.start()
     blue = world.engine(sidecar, "blue", tenant="blue")

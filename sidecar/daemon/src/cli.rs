@@ -73,12 +73,18 @@ pub struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Instead of the machine, verify this directory of the SSD tier; reads all of it, writes nothing
-    #[arg(long = "ssd", value_name = "DIR")]
-    pub ssd: Option<PathBuf>,
-    /// Which sidecar.
+    /// Which sidecar. With `--ssd DIR` that directory is verified instead of the machine: all of it is read, nothing
+    /// is written.
     #[command(flatten)]
     pub config: ConfigArgs,
+}
+
+impl DoctorArgs {
+    /// The directory of the SSD tier that is to be verified: the flag's, without the capacity that it may have.
+    pub fn ssd(&self) -> Option<PathBuf> {
+        let (_, text) = self.config.flags.iter().find(|(key, _)| key == "ssd")?;
+        Some(text.rsplit_once('=').map_or(text.as_str(), |(path, _)| path).into())
+    }
 }
 
 /// Subcommands of `config`.
@@ -252,7 +258,7 @@ mod tests {
         assert!(matches!(parsed("pillion doctor --device cpu1"), Ok(Command::Doctor(args)) if !args.json));
         assert!(matches!(
             parsed("pillion doctor --ssd /x --json"),
-            Ok(Command::Doctor(args)) if args.ssd == Some("/x".into())
+            Ok(Command::Doctor(args)) if args.ssd() == Some("/x".into())
         ));
         assert!(matches!(
             parsed("pillion config check"),

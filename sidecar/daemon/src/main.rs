@@ -86,8 +86,8 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Doctor(args) => {
-            if let Some(directory) = &args.ssd {
-                let report = doctor::ssd::examine(directory);
+            if let Some(directory) = args.ssd() {
+                let report = doctor::ssd::examine(&directory);
                 let out = &mut std::io::stdout().lock();
                 if args.json {
                     report.write_json(out)?

@@ -116,7 +116,7 @@ fn a_sound_directory_is_described_and_left_as_it_is() {
     let (code, text) = doctor(home.path());
     assert_eq!(code, 0, "{text}");
     assert!(text.contains("3 sealed, 0 not sealed, 0 free, 0 retired, of 1.0 MiB each"), "{text}");
-    assert!(text.contains("no damage found") && text.contains("format version 1"), "{text}");
+    assert!(text.contains("no damage found") && text.contains("format version 2"), "{text}");
     let report = json(home.path());
     assert_eq!(report["outcome"], "fine");
     let contents = &report["contents"];
@@ -197,12 +197,12 @@ fn what_is_not_ours_or_of_another_version_is_refused_and_left_as_it_is() {
         block[at] = to;
         fs::write(home.join("pillion-ssd"), block).unwrap();
     };
-    change(newer.path(), 8, 2);
+    change(newer.path(), 8, 3);
     change(damaged.path(), 4000, 1);
     for (home, code, expected) in [
         (&empty, 3, "it is empty, and there is no file `pillion-ssd`"),
         (&foreign, 3, "it holds `photo.jpg`, and there is no file `pillion-ssd`"),
-        (&newer, 3, "format version 2, this program reads 1"),
+        (&newer, 3, "format version 3, this program reads 2"),
         (&damaged, 1, "the checksum of the superblock"),
     ] {
         let before = bytes(home.path());
