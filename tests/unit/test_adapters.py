@@ -12,6 +12,7 @@ import pytest
 from vllm.lora.request import LoRARequest
 
 from pillion.vllm import adapters
+from pillion.vllm.request import Req
 from unit.fake_native import FakeNative
 from unit.vllm_harness import Engine, expected, prompt
 
@@ -213,3 +214,17 @@ def test_cache_salts_are_walls(engine: Any, native: FakeNative) -> None:
     assert len(native.store) == 18
     assert ask(one, "d", None, cache_salt="red") == 96
     one.assert_clean()
+
+
+def test_keys_follow_hashes_that_are_replaced() -> None:
+    """vLLM drops the last sampled token of a streaming session, and with it the hash of its block."""
+    request = SimpleNamespace(block_hashes=[b"a" * 32, b"b" * 32])
+    state = Req(request, 1)
+    assert state.keys() is request.block_hashes
+    state.adapter = b"f" * 32
+    first, second = state.keys()
+    request.block_hashes = [b"a" * 32, b"c" * 32, b"d" * 32]
+    again = list(state.keys())
+    assert again[0] == first and again[1] != second and len(set(again)) == 3
+    request.block_hashes = [b"a" * 32]
+    assert list(state.keys()) == [first]

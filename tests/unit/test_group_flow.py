@@ -437,9 +437,11 @@ def test_a_reset_is_a_new_epoch_in_every_group(
 
 
 @pytest.mark.parametrize("name", ["gemma", "mixed", "mla", "two-windows"])
-def test_rejected_drafts_are_never_saved(native: FakeNative, tmp_path: Path, name: str) -> None:
+def test_rejected_drafts_are_never_saved(
+    native: FakeNative, tmp_path: Path, overlap: bool, name: str
+) -> None:
     tokens = prompt(70)
-    options: dict[str, Any] = {"groups": MODELS[name], "drafts": 3}
+    options: dict[str, Any] = {"overlap": overlap, "groups": MODELS[name], "drafts": 3}
     engine = Engine(native, tmp_path / "model", **options)
     engine.add("a", tokens, max_tokens=120)
     engine.run()

@@ -64,8 +64,17 @@ def test_outputs_never_change_and_nothing_leaks(
 
 @pytest.mark.parametrize("name", ["gemma", "mixed", "mla"])
 @pytest.mark.parametrize("seed", range(2))
-def test_with_drafts(native: FakeNative, tmp_path: Path, name: str, seed: int) -> None:
-    walk(native, tmp_path, 100 + seed, name != "mla", groups=MODELS[name], num_blocks=110, drafts=3)
+def test_with_drafts(native: FakeNative, tmp_path: Path, overlap: bool, name: str, seed: int) -> None:
+    walk(
+        native,
+        tmp_path,
+        100 + seed,
+        name != "mla",
+        overlap=overlap,
+        groups=MODELS[name],
+        num_blocks=110,
+        drafts=3,
+    )
 
 
 @pytest.mark.parametrize("name", ["gemma", "jamba"])

@@ -139,6 +139,7 @@ class SimRequest:
     tokens: list[int]
     blocks: list[list[int]]  # of each group
     values: list[int] = field(default_factory=list)  # value of each position's prefix
+    drafts: list[int] = field(default_factory=list)  # proposed after the last step
 
     def value(self, position: int) -> int:
         while len(self.values) <= position:
@@ -384,13 +385,16 @@ class Engine:
                 token = next_token(guess.value(len(guess.tokens) - 1))
                 wrong = (len(sim.tokens) + index) % 5 in (2, 4)
                 guess.tokens.append(7 if wrong else token)
+            sim.drafts = guess.tokens[-self.drafts :]
             req_ids.append(req_id)
-            drafts.append(guess.tokens[-self.drafts :])
+            drafts.append(sim.drafts)
+        if self.overlap:
+            return  # the scheduler has placeholders: the next step is scheduled before this one's drafts are known
         self.scheduler.update_draft_token_ids(DraftTokenIds(req_ids, drafts))
 
     def _forward(self, output: Any, rank: int) -> tuple[list[str], list[list[int]]]:
         """Each rank has its own part of the KV: what another rank computed is wrong here."""
-        memory, last = self.natives[rank].memory, rank == len(self.natives) - 1
+        last = rank == len(self.natives) - 1
         starts = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         starts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -400,17 +404,12 @@ class Engine:
             if rank == 0:
                 self.computed[req_id] = self.computed.get(req_id, 0) + count
             drafts = output.scheduled_spec_decode_tokens.get(req_id, [])
+            if drafts and self.overlap:
+                # As the runner corrects the scheduler, which takes all drafts for accepted until it hears.
+                drafts = sim.drafts[: len(drafts)]
+                start = len(sim.tokens) - (count - len(drafts))
             seen = SimRequest([*sim.tokens, *drafts], []) if drafts else sim
-            for group, (kind, table) in enumerate(zip(self.groups, sim.blocks, strict=True)):
-
-                def value(position: int, group: int = group, seen: SimRequest = seen) -> int:
-                    return salted(seen.value(position), rank, group)
-
-                try:
-                    kind.check(memory, table, value, start, start + count)
-                except AssertionError as error:
-                    raise AssertionError(f"{req_id}, rank {rank}, group {group}: {error}") from error
-                kind.write(memory, table, value, start, start + count)
+            self._compute(req_id, seen, start, start + count, rank)
             if start + count < len(seen.tokens):
                 sampled.append([])
                 continue
@@ -423,6 +422,20 @@ class Engine:
                 sim.tokens.extend(tokens)
             sampled.append(tokens)
         return list(output.num_scheduled_tokens), sampled
+
+    def _compute(self, req_id: str, seen: SimRequest, start: int, end: int, rank: int) -> None:
+        """What a step reads and writes in every group; `seen` has the drafts too."""
+        memory = self.natives[rank].memory
+        for group, (kind, table) in enumerate(zip(self.groups, self.sims[req_id].blocks, strict=True)):
+
+            def value(position: int, group: int = group) -> int:
+                return salted(seen.value(position), rank, group)
+
+            try:
+                kind.check(memory, table, value, start, end)
+            except AssertionError as error:
+                raise AssertionError(f"{req_id}, rank {rank}, group {group}: {error}") from error
+            kind.write(memory, table, value, start, end)
 
     # ---- checks
 

@@ -12,6 +12,7 @@ class Req:
 
     __slots__ = (
         "_derived",
+        "_last",
         "adapter",
         "asked_at",
         "asks",
@@ -37,6 +38,7 @@ class Req:
         self.request = request
         self.adapter: bytes | None = None  # fingerprint of the LoRA adapter's weights
         self._derived: list[bytes] = []
+        self._last = b""  # the hash that the last of them is derived from
         self.ticket = 0  # of a lease that no job uses yet
         self.asks = 0  # leases asked for
         self.asked_at = 0.0
@@ -64,7 +66,10 @@ class Req:
         hashes: list[bytes] = self.request.block_hashes
         if self.adapter is None:
             return hashes
-        derived = self._derived
+        derived, known = self._derived, len(self._derived)
+        if known > len(hashes) or (known and hashes[known - 1] != self._last):
+            derived.clear()  # a streaming session's last tokens were replaced
         for own in hashes[len(derived) :] if len(derived) < len(hashes) else ():
             derived.append(hashlib.sha256(self.adapter + own).digest())
+            self._last = own
         return derived
