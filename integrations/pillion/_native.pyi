@@ -5,6 +5,7 @@ Nothing here raises because the sidecar is absent, slow, hung or dead: that is a
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 def version() -> str: ...
 def default_socket(device: str) -> str: ...
@@ -19,6 +20,7 @@ class SchedulerClient:
     """The scheduler's half: lookups, leases, epochs. One background thread; every method returns at once."""
 
     # engine_id: the same text in scheduler and worker of one engine instance.
+    # namespaces: one per KV cache group, in the order of the registration; groups are known by their index in it.
     # launch: a command that starts a sidecar (it detaches and returns); empty: never start one.
     def __init__(
         self,
@@ -26,23 +28,25 @@ class SchedulerClient:
         socket: str,
         engine_id: str,
         tenant: str,
-        namespace: Mapping[str, str],
+        namespaces: Sequence[Mapping[str, str]],
         launch: Sequence[str] = (),
         grace_ms: int = 5000,
     ) -> None: ...
     def ready(self) -> bool: ...
     # "ready", "connecting: …", "refused: …": for logs.
     def status(self) -> str: ...
-    # 16 bytes of the current epoch; None while not attached.
-    def namespace_id(self) -> bytes | None: ...
-    # Leading blocks (32 bytes each) that the presence table has; 0 when not attached or stale.
-    def lookup(self, hashes: bytes) -> int: ...
+    # 16 bytes per group, of the current epoch; None until all are open.
+    def namespace_ids(self) -> bytes | None: ...
+    # Leading blocks (32 bytes each) of a group that the presence table has; 0 when not attached or stale.
+    def lookup(self, group: int, hashes: bytes) -> int: ...
+    # One byte per block: 1 where the table has it.
+    def present(self, group: int, hashes: bytes) -> bytes: ...
     # Indices of blocks that the table lacks (all of them when stale; [] when not attached).
-    def absent(self, hashes: bytes) -> list[int]: ...
-    # Looks up, and asks for a lease over the leading hits; ticket > 0, or 0 when nothing is there.
-    def lease(self, hashes: bytes) -> int: ...
-    # None: no answer yet. (blocks granted, 16-byte lease id); (0, b"") when refused, lost or unknown.
-    def lease_poll(self, ticket: int, wait_us: int = 0) -> tuple[int, bytes] | None: ...
+    def absent(self, group: int, hashes: bytes) -> list[int]: ...
+    # Asks for a lease of runs of (group, hashes); ticket > 0, or 0 when nothing can be asked.
+    def lease(self, runs: Sequence[tuple[int, bytes]]) -> int: ...
+    # None: no answer yet. (leading blocks granted of each run, 16-byte lease id); b"" where nothing was granted.
+    def lease_poll(self, ticket: int, wait_us: int = 0) -> tuple[list[int], bytes] | None: ...
     # Idempotent; a lease whose job runs lives until the job ends.
     def release(self, ticket: int) -> None: ...
     # The lease is handed to a job: renewed by the client until `release`.
@@ -51,6 +55,27 @@ class SchedulerClient:
     def new_epoch(self) -> None: ...
     def counters(self) -> dict[str, int]: ...
     def close(self) -> None: ...
+
+class Pages(TypedDict):
+    """A KVCacheTensor with the spec of its layers: all sizes in bytes."""
+
+    size: int
+    offset: int
+    layer_stride: int
+    block_stride: int
+    layers: Sequence[str]
+    heads: int  # H, N and C of one page
+    states: int
+    content_bytes: int
+    page_bytes: int  # what vLLM says that a page takes, padding included
+    kernel_blocks: int  # in a block
+    packing: str  # what the backend packs into a page; the grammar is in layouts/src/vllm/grammar.rs
+
+class Group(TypedDict):
+    """One KV cache group."""
+
+    block_tokens: int
+    pages: Sequence[Pages]
 
 class WorkerClient:
     """A worker's half: registration, jobs, completions. One background thread; only `unregister` waits."""
@@ -61,39 +86,36 @@ class WorkerClient:
         socket: str,
         engine_id: str,
         tenant: str,
-        namespace: Mapping[str, str],
+        namespaces: Sequence[Mapping[str, str]],
         launch: Sequence[str] = (),
         grace_ms: int = 5000,
     ) -> None: ...
 
-    # Kept, and presented again at every re-attachment.
+    # Before a registration: says where the KV memory lies and what is in it. ValueError with the reason where that is
+    # not served or contradicts itself.
     # layout: physical order, one of LBNHC, LBHNC, LHBNC, BLHNC, BLNHC, BHLNC.
-    # kind: spec class, e.g. "FullAttentionSpec". heads, states, content_bytes: H, N, C (bytes) of one page.
-    # page_bytes: what vLLM says a page takes.
-    # tensors: (size, offset, layer_stride, block_stride in bytes, layer names).
     # memfd: borrowed (duplicated inside); -1: process_vm on this process, where the allocation is at `base`.
-    # cuda: `base` is a device address; the client exports the memory itself (legacy IPC, else VMM) and makes a
-    # pool of `events` interprocess events: as many jobs may run at a time. The memory's context must be current.
-    def register(
+    # cuda: `base` is a device address; the client exports the memory itself (legacy IPC, else VMM). The memory's
+    # context must be current.
+    def describe(
         self,
         *,
         layout: str,
         num_blocks: int,
-        block_tokens: int,
-        dtype: str,
-        kind: str,
-        heads: int,
-        states: int,
-        content_bytes: int,
-        page_bytes: int,
-        tensors: Sequence[tuple[int, int, int, int, Sequence[str]]],
         memory_bytes: int,
+        rank: int,
+        world: int,
+        groups: Sequence[Group],
         memfd: int = -1,
         base: int = 0,
         cuda: bool = False,
-        events: int = 512,
-        canary_seed: int,
     ) -> None: ...
+    # Block 0 holds this group's canary now, written with the engine's own indexing: ValueError where it is not found by
+    # the description. Needed of every group, one after the other; the last one's must stay for the sidecar.
+    def check_canary(self, group: int, seed: int) -> None: ...
+    # What was described is presented, now and again at every re-attachment. events: interprocess events for device
+    # memory; as many jobs may run at a time.
+    def register(self, *, events: int = 512) -> None: ...
     # From now on block 0 may hold anything: a sidecar that attaches later believes this client's own look.
     def canary_over(self) -> None: ...
     # The memory is about to go away: no new jobs, all end, the sidecar lets go. True: nothing outside this process
@@ -104,26 +126,27 @@ class WorkerClient:
     def status(self) -> str: ...
     # The sidecar has compared the canary once.
     def canary_checked(self) -> bool: ...
-    # first: index in the lease of the first block; one block id per hash.
+    # spaces: `namespace_ids` of the scheduler's half. runs: (group, run of the lease, its first block, blocks); the
+    # hashes and block ids are those of one run after the other.
     # stream (of device memory): an event is recorded on this CUstream, and the sidecar waits for it before
     # it copies. No event left: the job is not taken.
     def submit_load(
         self,
         job: bytes,
         lease: bytes,
-        first: int,
-        namespace: bytes,
+        spaces: bytes,
+        runs: Sequence[tuple[int, int, int, int]],
         hashes: bytes,
         blocks: Sequence[int],
         deadline_ms: int,
         stream: int | None = None,
     ) -> None: ...
-    # parent: 32-byte hash of the block before the first one, b"" at the start of a prompt.
+    # runs: (group, parent, blocks); parent: 32-byte hash of the block before the first one, b"" where there is none.
     def submit_save(
         self,
         job: bytes,
-        namespace: bytes,
-        parent: bytes,
+        spaces: bytes,
+        runs: Sequence[tuple[int, bytes, int]],
         hashes: bytes,
         blocks: Sequence[int],
         deadline_ms: int,

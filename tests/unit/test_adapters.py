@@ -50,7 +50,12 @@ def test_unknown_until_read_and_read_once(
 ) -> None:
     reads: list[str] = []
     read = adapters._Adapter.read
-    monkeypatch.setattr(adapters._Adapter, "read", lambda self: (reads.append(self.path), read(self)))
+
+    def reading(self: Any) -> None:
+        reads.append(self.path)
+        read(self)
+
+    monkeypatch.setattr(adapters._Adapter, "read", reading)
     request = lora(write(tmp_path / "a"))
     assert known.fingerprint(request) is None, "the scheduler does not wait"
     digest = wait(known, request)

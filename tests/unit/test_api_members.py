@@ -34,8 +34,8 @@ INHERITED = {
     "finish_forward": "nothing is read during the forward pass",
     "reset_capture_state": "nothing is captured",
     "register_finished_partial_tail": "blocks that are not full are not saved",
-    "supports_divergent_local_hybrid_hits": "hybrid models are refused",
-    "get_loaded_kv_cache_group_ids": "the one group",
+    "supports_divergent_local_hybrid_hits": "a hit is what all groups agree on",
+    "get_loaded_kv_cache_group_ids": "all groups",
     "get_external_cache_hit_sources": "_cache_hit_source says it",
 }
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import vllm
 
-from pillion.vllm import support
 from unit.fake_native import FAILED, FakeNative, FakeRanks
 from unit.test_scheduler_flow import ask, fill
 from unit.vllm_groups import KvGroup
@@ -45,12 +44,6 @@ EVERY = pytest.mark.parametrize("name", MODELS)
 WINDOWS = pytest.mark.parametrize("name", ["gemma", "window", "mixed", "two-windows"])
 # None: vLLM keeps every block that it could hit (dense); 0: what a replay of the prompt needs (0.32's default).
 RETENTION = pytest.mark.parametrize("retention", [None, 0])
-
-
-@pytest.fixture(autouse=True)
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if any memory could be registered: nothing is registered here."""
-    monkeypatch.setattr(support, "_memory", lambda *_args: None)
 
 
 def align(name: str) -> int:
@@ -141,6 +134,38 @@ def test_states_exist_where_steps_ended(native: FakeNative, tmp_path: Path, over
     engine = Engine(native, tmp_path / "model", **options)
     assert ask(engine, "a", shared + prompt(50, 2)) == 128
     engine.assert_clean()
+
+
+def test_a_state_is_final_only_where_that_is_proved(native: FakeNative, tmp_path: Path) -> None:
+    engine = Engine(native, tmp_path / "model", groups=MAMBA, max_batched=64, retention=0)
+    engine.add("a", prompt(200))
+    saves, pool = engine.half._saves, engine.pool
+    ended: list[tuple[int, int]] = []
+    while not engine.reasons:
+        engine.step()
+        if (state := engine.half._reqs.get("a")) is None:
+            break
+        computed = state.request.num_computed_tokens
+        table = engine.scheduler.kv_cache_manager.get_block_ids("a")[0]
+        ended += [(computed, table[-1])] if computed % 16 == 0 else []
+        for block, block_id in enumerate(table):
+            registered = pool.blocks[block_id].block_hash is not None
+            here = ended[-1:] == [((block + 1) * 16, block_id)]
+            if block_id and block < min(len(state.request.block_hashes), computed // 16):
+                assert saves._state_is_final(state, 0, block, block_id) == (here or registered), (
+                    block,
+                    computed,
+                )
+    assert [computed for computed, _ in ended] == [64, 128, 192]
+    # The same block in the same place, but of a request that has been preempted since: nobody knows.
+    engine.add("b", prompt(300, 1), 200)
+    while (state := engine.half._reqs["b"]).request.num_computed_tokens != 320:
+        engine.step()
+    block_id = engine.scheduler.kv_cache_manager.get_block_ids("b")[0][19]
+    assert pool.blocks[block_id].block_hash is None and saves._state_is_final(state, 0, 19, block_id)
+    state.request.num_preemptions += 1
+    assert not saves._state_is_final(state, 0, 19, block_id)
+    engine.run()
 
 
 @EVERY

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from pillion.vllm import support
 from pillion.vllm.hits import FULL, STATE, WINDOW, Group, Hits
 from pillion.vllm.ranks import Ranks
 from unit.fake_native import FakeNative, FakeRanks
@@ -49,8 +48,7 @@ def walk(natives: Any, tmp_path: Path, seed: int, sparse: bool = True, **options
 
 
 @pytest.fixture(autouse=True)
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "_memory", lambda *_args: None)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pillion.vllm.worker.OVERDUE_S", 0.0)
 
 

@@ -12,7 +12,13 @@ from pathlib import Path
 import vllm
 
 HERE = Path(__file__).parent
-FILES = ("test_scheduler_flow.py", "test_connector.py", "test_gpu.py", "test_api_members.py")
+FILES = (
+    "test_scheduler_flow.py",
+    "test_group_flow.py",
+    "test_connector.py",
+    "test_gpu.py",
+    "test_api_members.py",
+)
 
 
 def test_scheduler_scenarios_on_033() -> None:

@@ -9,7 +9,7 @@ is read.
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from vllm.v1.kv_cache_interface import (
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.utils import allocate_kv_cache
 
 Memory = MutableMapping[int, Any]
 Value = Callable[[int], int]  # of the prefix that ends at a position
@@ -104,6 +106,7 @@ def make_groups_config(
     """Groups that alias one allocation, each with a layer of its own."""
     specs = [group.spec() for group in groups]
     page = max(spec.page_size_bytes for spec in specs)
+    specs = [spec if spec.page_size_bytes == page else replace(spec, page_size_padded=page) for spec in specs]
     names = [[f"model.layers.{index}.attn"] for index in range(len(groups))]
     config = KVCacheConfig(
         num_blocks=num_blocks,
@@ -118,3 +121,9 @@ def make_groups_config(
     )
     config.prefix_cache_retention_interval = retention
     return config
+
+
+def make_groups_tensors(config: KVCacheConfig) -> dict[str, Any]:
+    """The memory, as vLLM allocates and views it."""
+    blocks = [group.kv_cache_spec.block_size for group in config.kv_cache_groups]
+    return dict(allocate_kv_cache(config, torch.device("cpu"), KVCacheLayout.LBHNC, blocks))

@@ -45,7 +45,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from pillion.vllm import native as source
 from pillion.vllm import support
 from unit.fake_native import FakeNative, FakeRanks
-from unit.vllm_groups import FULL, KvGroup, make_groups_config, salted
+from unit.vllm_groups import FULL, KvGroup, make_groups_config, make_groups_tensors, salted
 
 BLOCK = 16
 LAYERS = [f"model.layers.{index}.self_attn.attn" for index in range(2)]
@@ -201,10 +201,8 @@ class Engine:
         for rank in range(world):
             setattr(support, "tensor_parallel_rank", lambda _world, rank=rank: rank)  # noqa: B010
             worker = PillionConnector(self.config, KVConnectorRole.WORKER, kv_config)
-            if groups == FULL:
-                worker.register_kv_caches(make_tensors(kv_config))
-            else:
-                self.natives[rank].live = True
+            tensors = make_tensors if groups == FULL else make_groups_tensors
+            worker.register_kv_caches(tensors(kv_config))
             self.workers.append(worker)
         self.worker = self.workers[0]
         self.scheduler = (AsyncScheduler if overlap else Scheduler)(

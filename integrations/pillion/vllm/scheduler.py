@@ -210,6 +210,7 @@ class SchedulerHalf:
                 if state.asks < ASKS:
                     self._release(state)
                     self._ask(state, hit)
+                    state.first_poll = now  # the answer may take its time
                     return None, False
                 hit = local
             blocks = hits.blocks(hit, local) if hit > local else 0

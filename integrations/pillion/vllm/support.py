@@ -243,9 +243,6 @@ def _spec(vllm_config: Any, spec: Any) -> str | None:
         return "the KV cache group is not prefix cacheable as it is"
     if getattr(spec, "non_causal", False):
         return "the model attends non-causally: a prefix's KV depends on what follows"
-    if getattr(spec, "attention_chunk_size", None):
-        # One manager for chunked layers and full ones, which do not need the same blocks.
-        return "chunked local attention: not served yet"
     if kind == STATE:
         return _state(vllm_config, spec)
     if getattr(spec, "tokens_per_state", 1) != 1:

@@ -24,7 +24,7 @@ pub enum Command {
     Status(StatusArgs),
     /// Show the GPUs that the CUDA driver sees, and the names of their sidecars
     Devices(DevicesArgs),
-    /// Check what this machine, its folders and its sidecar are fit for
+    /// Check what this machine, its folders and its sidecar are fit for, or a directory of the SSD tier
     Doctor(DoctorArgs),
     /// Look at the configuration
     #[command(subcommand)]
@@ -73,9 +73,18 @@ pub struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
-    /// Which sidecar.
+    /// Which sidecar. With `--ssd DIR` that directory is verified instead of the machine: all of it is read, nothing
+    /// is written.
     #[command(flatten)]
     pub config: ConfigArgs,
+}
+
+impl DoctorArgs {
+    /// The directory of the SSD tier that is to be verified: the flag's, without the capacity that it may have.
+    pub fn ssd(&self) -> Option<PathBuf> {
+        let (_, text) = self.config.flags.iter().find(|(key, _)| key == "ssd")?;
+        Some(text.rsplit_once('=').map_or(text.as_str(), |(path, _)| path).into())
+    }
 }
 
 /// Subcommands of `config`.
@@ -247,6 +256,10 @@ mod tests {
     fn the_other_commands() {
         assert!(matches!(parsed("pillion status --json"), Ok(Command::Status(args)) if args.json));
         assert!(matches!(parsed("pillion doctor --device cpu1"), Ok(Command::Doctor(args)) if !args.json));
+        assert!(matches!(
+            parsed("pillion doctor --ssd /x --json"),
+            Ok(Command::Doctor(args)) if args.ssd() == Some("/x".into())
+        ));
         assert!(matches!(
             parsed("pillion config check"),
             Ok(Command::Config(ConfigCommand::Check { file: None }))

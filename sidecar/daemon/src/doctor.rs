@@ -6,7 +6,7 @@
 mod kernel;
 mod python;
 mod sidecar;
-mod ssd;
+pub mod ssd;
 
 use std::io;
 use std::path::Path;
@@ -86,7 +86,6 @@ pub fn examine(loaded: &Result<Loaded, ConfigError>, ask: &Ask<'_>) -> DoctorRep
             checks.push(kernel::locked_memory(has_gpu));
             checks.push(sidecar::folders(&places));
             checks.push(sidecar::secret(&places.secret()));
-            checks.extend(ssd::directories(&config, report.as_ref()));
             checks.push(check);
         }
         Err(error) => checks.push(Check::fail("folders", "no usable place", error.to_string())),

@@ -86,6 +86,16 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Doctor(args) => {
+            if let Some(directory) = args.ssd() {
+                let report = doctor::ssd::examine(&directory);
+                let out = &mut std::io::stdout().lock();
+                if args.json {
+                    report.write_json(out)?
+                } else {
+                    report.print(out)?
+                }
+                return Ok(ExitCode::from(report.exit_code()));
+            }
             let report = doctor::examine(&Config::load(&args.config.sources()), &ask);
             let out = &mut std::io::stdout().lock();
             if args.json {

@@ -123,6 +123,13 @@ impl Memory {
         unsafe { Self::from_raw(base, bytes, Arc::new(buffer)) }
     }
 
+    /// No memory at all: for who only looks, with buffers of the operations' own.
+    pub(crate) fn none() -> Self {
+        let base = NonNull::without_provenance(std::num::NonZero::new(SECTOR).expect("it is not 0"));
+        // SAFETY: a range without bytes is valid everywhere.
+        unsafe { Self::from_raw(base, 0, Arc::new(())) }
+    }
+
     /// Its length.
     pub fn bytes(&self) -> u64 {
         self.bytes

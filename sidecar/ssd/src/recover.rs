@@ -5,16 +5,18 @@ use std::collections::HashMap;
 use crate::{
     device::{Completion, Device, IoError, Op, Part, What},
     format::{
-        Entry, Footer, OVERHEAD, RecordHeader, Refused, SECTOR, SegmentHeader, SegmentId, Trailer, checksum,
-        padded,
+        Commit, Entry, Footer, OVERHEAD, RecordHeader, Refused, SECTOR, SegmentHeader, SegmentId, Trailer,
+        checksum, padded,
     },
     memory::Aligned,
 };
 
 /// Read at the end of each file: a footer of some hundred records comes with its trailer.
 const TAIL_BYTES: u64 = 64 << 10;
-/// Read at once while looking for the next header after a hole.
+/// Read at once while every sector is looked at.
 const WINDOW_BYTES: u64 = 1 << 20;
+/// Read at once where only headers and commits are.
+const GLANCE_BYTES: u64 = 64 << 10;
 /// Payloads that are read where no footer vouches for them: some segments for each crash. Where more footers are
 /// lost, the records beyond are found by header and commit only.
 const PROVE_BYTES_MAX: u64 = 4 << 30;
@@ -42,6 +44,9 @@ pub enum Found {
         proved: bool,
         /// Headers without their commit or their payload: writes that a crash cut off.
         torn: u32,
+        /// Where those of them begin that have their commit: of a write that ended sectors are missing, or they
+        /// changed since.
+        holed: Vec<u64>,
     },
 }
 
@@ -166,16 +171,24 @@ fn segment<D: Device + ?Sized>(
     };
     let (id, first_sequence) = (header.segment, header.first_sequence);
     if let Some(entries) = by_footer(device, slot, id, tail)? {
-        return Ok(Found::Segment { id, first_sequence, sealed: true, entries, proved: true, torn: 0 });
+        return Ok(Found::Segment {
+            id,
+            first_sequence,
+            sealed: true,
+            entries,
+            proved: true,
+            torn: 0,
+            holed: Vec::new(),
+        });
     }
     let proved = *budget >= block.segment_bytes;
     *budget -= if proved { block.segment_bytes } else { 0 };
-    let (entries, torn) = by_headers(device, slot, id, proved)?;
+    let Scan { entries, torn, holed } = by_headers(device, slot, id, proved)?;
     if proved {
         // What was read may still be in the drive's cache only.
         sync(device, slot)?;
     }
-    Ok(Found::Segment { id, first_sequence, sealed: false, entries, proved, torn })
+    Ok(Found::Segment { id, first_sequence, sealed: false, entries, proved, torn, holed })
 }
 
 fn sync<D: Device + ?Sized>(device: &mut D, slot: u32) -> Result<(), IoError> {
@@ -208,6 +221,13 @@ fn by_footer<D: Device + ?Sized>(
     Ok(entries.ok())
 }
 
+#[derive(Default)]
+struct Scan {
+    entries: Vec<Entry>,
+    torn: u32,
+    holed: Vec<u64>,
+}
+
 /// Follows the headers. After a hole (a write that was lost, a header that changed) every sector is looked
 /// at: a later record may have been acknowledged.
 fn by_headers<D: Device + ?Sized>(
@@ -215,68 +235,97 @@ fn by_headers<D: Device + ?Sized>(
     slot: u32,
     id: SegmentId,
     prove: bool,
-) -> Result<(Vec<Entry>, u32), IoError> {
+) -> Result<Scan, IoError> {
     let segment_bytes = device.superblock().segment_bytes;
-    let (mut entries, mut torn, mut at) = (Vec::new(), 0, SECTOR as u64);
+    let (mut scan, mut at) = (Scan::default(), SECTOR as u64);
+    // Payloads are looked at: then long reads cost nothing more. Else what lies between headers need not be read.
+    let step = if prove { WINDOW_BYTES } else { GLANCE_BYTES };
+    let mut window = Window { device, slot, segment_bytes, step, at: 0, bytes: Aligned::zeroed(0) };
     while at + OVERHEAD < segment_bytes {
-        let sector = read(device, slot, at, SECTOR as u64)?;
-        let Some((header, sum)) = header_at(sector.bytes(), id, at, segment_bytes) else {
-            match next_header(device, slot, id, at + SECTOR as u64)? {
+        let Some((header, sum)) = header_at(window.read(at, SECTOR as u64)?, id, at, segment_bytes) else {
+            match window.next_header(id, at + SECTOR as u64)? {
                 Some(next) => at = next,
                 None => break,
             }
             continue;
         };
-        let commit = read(device, slot, header.end() - SECTOR as u64, SECTOR as u64)?;
-        let whole = crate::format::Commit::expect(commit.bytes(), &header.commit(sum)).is_ok()
-            && (!prove || payload_is_whole(device, slot, &header)?);
-        if whole {
+        let committed = window.has_commit(&header, sum, prove)?;
+        // Sectors of a record can be lost between its header and its commit. It must not hide an older, whole copy.
+        if committed && (!prove || window.has_payload(&header)?) {
             at = header.end();
-            entries.push(header);
+            scan.entries.push(header);
         } else {
-            torn += 1;
+            scan.torn += 1;
+            if committed {
+                scan.holed.push(at);
+            }
             // Its length may not be trusted to skip: look at every sector.
-            match next_header(device, slot, id, at + SECTOR as u64)? {
+            match window.next_header(id, at + SECTOR as u64)? {
                 Some(next) => at = next,
                 None => break,
             }
         }
     }
-    Ok((entries, torn))
+    Ok(scan)
 }
 
-/// Sectors of a record can be lost between its header and its commit. It must not hide an older, whole copy.
-fn payload_is_whole<D: Device + ?Sized>(
-    device: &mut D,
+/// The part of a segment that was read last: small records come by the hundred with one read.
+struct Window<'a, D: Device + ?Sized> {
+    device: &'a mut D,
     slot: u32,
-    header: &RecordHeader,
-) -> Result<bool, IoError> {
-    let bytes = header.meta.bytes;
-    let payload = read(device, slot, header.position + SECTOR as u64, padded(bytes))?;
-    Ok(checksum(&payload.bytes()[..bytes as usize]) == header.meta.checksum)
+    segment_bytes: u64,
+    /// Read at once, where no more is wanted.
+    step: u64,
+    at: u64,
+    bytes: Aligned,
+}
+
+impl<D: Device + ?Sized> Window<'_, D> {
+    fn read(&mut self, at: u64, bytes: u64) -> Result<&[u8], IoError> {
+        let end = at + bytes;
+        if at < self.at || end > self.at + self.bytes.len() as u64 {
+            // The old one goes first: of two long ones only one is there.
+            self.bytes = Aligned::zeroed(0);
+            let length = bytes.max(self.step).min(self.segment_bytes - at);
+            self.bytes = read(self.device, self.slot, at, length)?;
+            self.at = at;
+        }
+        let from = (at - self.at) as usize;
+        self.bytes.bytes().get(from..from + bytes as usize).ok_or(IoError::Os(5))
+    }
+
+    fn has_commit(&mut self, header: &RecordHeader, sum: u64, prove: bool) -> Result<bool, IoError> {
+        let (payload_at, commit_at) = (header.position + SECTOR as u64, header.end() - SECTOR as u64);
+        if prove {
+            // Payload, commit and the next header with one read.
+            let next = (header.end() + SECTOR as u64).min(self.segment_bytes);
+            self.read(payload_at, next - payload_at)?;
+        }
+        let commit = self.read(commit_at, SECTOR as u64)?;
+        Ok(Commit::expect(commit, &header.commit(sum)).is_ok())
+    }
+
+    fn has_payload(&mut self, header: &RecordHeader) -> Result<bool, IoError> {
+        let bytes = header.meta.bytes;
+        let payload = self.read(header.position + SECTOR as u64, padded(bytes))?;
+        Ok(checksum(&payload[..bytes as usize]) == header.meta.checksum)
+    }
+
+    fn next_header(&mut self, id: SegmentId, mut at: u64) -> Result<Option<u64>, IoError> {
+        self.step = WINDOW_BYTES;
+        while at < self.segment_bytes {
+            let segment_bytes = self.segment_bytes;
+            if header_at(self.read(at, SECTOR as u64)?, id, at, segment_bytes).is_some() {
+                return Ok(Some(at));
+            }
+            at += SECTOR as u64;
+        }
+        Ok(None)
+    }
 }
 
 fn header_at(sector: &[u8], id: SegmentId, at: u64, segment_bytes: u64) -> Option<(RecordHeader, u64)> {
     let (header, sum) = RecordHeader::decode(sector).ok()?;
     let here = header.segment == id && header.position == at && header.end() <= segment_bytes;
     here.then_some((header, sum))
-}
-
-fn next_header<D: Device + ?Sized>(
-    device: &mut D,
-    slot: u32,
-    id: SegmentId,
-    mut at: u64,
-) -> Result<Option<u64>, IoError> {
-    let segment_bytes = device.superblock().segment_bytes;
-    while at < segment_bytes {
-        let window = read(device, slot, at, WINDOW_BYTES.min(segment_bytes - at))?;
-        for sector in window.bytes().chunks(SECTOR) {
-            if header_at(sector, id, at, segment_bytes).is_some() {
-                return Ok(Some(at));
-            }
-            at += SECTOR as u64;
-        }
-    }
-    Ok(None)
 }

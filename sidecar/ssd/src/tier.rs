@@ -121,12 +121,15 @@ enum Message {
     Started(usize, Result<(Started, Arc<dyn Wake>), String>),
 }
 
+/// Decides about one record of a segment that is evicted; told whether it was read since it was written.
+pub type Keep = Box<dyn FnMut(&RecordKey, bool) -> bool + Send>;
+
 /// What the owner calls. All of it runs on the owner's thread.
 pub struct Hooks {
     /// Outcomes and drops, one [`Action`] each; never operations.
     pub tell: Box<dyn FnMut(Action) + Send>,
-    /// Whether a record of a segment that is evicted is to be kept; told whether it was read since it was written.
-    pub keep: Box<dyn FnMut(&RecordKey, bool) -> bool + Send>,
+    /// Whether a record is to be kept.
+    pub keep: Keep,
 }
 
 /// A running tier. Dropping it ends what is in flight and seals what is open.
@@ -250,8 +253,11 @@ fn await_recovery(
             Ok(Message::Found(shelf, slot, found)) => match found {
                 Found::Free(_) => store.adopt(shelf, slot, None),
                 Found::Unreadable(_) => store.adopt_unreadable(shelf, slot),
-                Found::Segment { id, first_sequence, entries, proved, .. } => {
+                Found::Segment { id, first_sequence, sealed, entries, proved, .. } => {
                     store.adopt(shelf, slot, Some(Life { id, first_sequence, entries: &entries, proved }));
+                    if !sealed {
+                        store.seal_recovered(shelf, slot, &entries);
+                    }
                     entries.iter().for_each(&mut *recovered);
                 }
             },
@@ -290,6 +296,21 @@ struct Owner {
 
 impl Owner {
     fn run(mut self) {
+        // What a crash left open is sealed before anything is opened: crash after crash at any moment, there is
+        // never more of it than one life left.
+        let mut early = Vec::new();
+        loop {
+            self.act();
+            if self.store.is_idle() {
+                break;
+            }
+            match self.messages.recv() {
+                Ok(Message::Done(completions)) => self.take(Message::Done(completions)),
+                Ok(other) => early.push(other),
+                Err(_) => return,
+            }
+        }
+        early.into_iter().for_each(|message| self.take(message));
         loop {
             self.act();
             if self.is_closing && self.store.is_idle() {

@@ -5,6 +5,7 @@ use std::{
     io::{self, Read},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use rustix::{
@@ -40,12 +41,20 @@ pub enum Use {
 pub struct Directory {
     path: PathBuf,
     /// The directory itself; the lock lives as long as this.
-    _lock: OwnedFd,
+    lock: OwnedFd,
     block: Superblock,
     writable: bool,
     files: Vec<Option<OwnedFd>>,
+    others: Box<Others>,
+}
+
+/// Files that are no segments in use.
+#[derive(Debug, Default)]
+struct Others {
     /// Made and not filled when the power went: they never had a record.
     unfilled: Vec<PathBuf>,
+    misfits: Vec<(u32, u64)>,
+    strangers: Vec<String>,
 }
 
 impl Directory {
@@ -67,10 +76,7 @@ impl Directory {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let lock = rustix::fs::open(path, flags, Mode::empty())
             .map_err(|errno| failed(path, "open", errno.into()))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|errno| match errno {
-            Errno::WOULDBLOCK => OpenError::Busy { path: path.to_owned() },
-            errno => failed(path, "lock", errno.into()),
-        })?;
+        take_lock(&lock, path)?;
         if !marker.exists() {
             match purpose {
                 Use::Own { segment_bytes } => make_ours(path, segment_bytes)?,
@@ -86,14 +92,8 @@ impl Directory {
             .map_err(|source| OpenError::Refused { path: marker.clone(), source })?;
         allow_many_files();
         let writable = purpose != Use::Inspect;
-        let mut directory = Self {
-            path: path.to_owned(),
-            _lock: lock,
-            block,
-            writable,
-            files: Vec::new(),
-            unfilled: Vec::new(),
-        };
+        let mut directory =
+            Self { path: path.to_owned(), lock, block, writable, files: Vec::new(), others: Box::default() };
         directory.open_files()?;
         Ok(directory)
     }
@@ -109,13 +109,24 @@ impl Directory {
         there.map(|(slot, _)| slot as u32).collect()
     }
 
+    /// Segment files of another length than they should have, each with its length, that may have held records.
+    /// Only who inspects gets to know them: to an owner they are an error.
+    pub fn misfits(&self) -> &[(u32, u64)] {
+        &self.others.misfits
+    }
+
+    /// Names of files that are not the tier's. They are never touched.
+    pub fn strangers(&self) -> &[String] {
+        &self.others.strangers
+    }
+
     /// Removes segment files from this number on (the capacity was lowered), and those that were never filled.
     /// Nothing was removed before: all settings can be looked at first.
     ///
     /// # Errors
     /// What the kernel says.
     pub fn shrink(&mut self, slots: u32) -> Result<(), OpenError> {
-        for path in std::mem::take(&mut self.unfilled) {
+        for path in std::mem::take(&mut self.others.unfilled) {
             fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
         }
         for slot in self.slots().into_iter().filter(|slot| *slot >= slots) {
@@ -124,6 +135,11 @@ impl Directory {
             fs::remove_file(&path).map_err(|source| failed(&path, "remove", source))?;
         }
         Ok(())
+    }
+
+    /// What the lock hangs on.
+    pub(super) fn lock(&self) -> &OwnedFd {
+        &self.lock
     }
 
     pub(super) fn file(&self, slot: u32) -> Option<&OwnedFd> {
@@ -181,10 +197,14 @@ impl Directory {
             let number = name.strip_suffix(".segment").filter(|digits| digits.len() == 8);
             // `parse` would take a sign.
             let number = number.filter(|digits| digits.bytes().all(|digit| digit.is_ascii_digit()));
-            let Some(slot) = number.and_then(|digits| digits.parse::<u32>().ok()) else { continue };
-            if slot >= SLOTS_MAX {
+            let Some(slot) =
+                number.and_then(|digits| digits.parse::<u32>().ok()).filter(|slot| *slot < SLOTS_MAX)
+            else {
+                if ![SUPERBLOCK, NEW, "lost+found"].contains(&name.as_str()) {
+                    self.others.strangers.push(name);
+                }
                 continue;
-            }
+            };
             let path = self.path.join(&name);
             let flags = mode | OFlags::DIRECT | OFlags::CLOEXEC | OFlags::NOFOLLOW;
             let file = rustix::fs::open(&path, flags, Mode::empty()).map_err(|errno| match errno {
@@ -195,12 +215,15 @@ impl Directory {
             let whole = stat.st_size as u64 == self.block.segment_bytes;
             if whole {
                 self.keep(slot, file);
+                continue;
+            }
+            let is_shorter = (stat.st_size as u64) < self.block.segment_bytes;
+            if is_shorter && starts_with_zeros(&path)? {
+                self.others.unfilled.push(path);
             } else if self.writable {
-                let is_shorter = (stat.st_size as u64) < self.block.segment_bytes;
-                if !is_shorter || !starts_with_zeros(&path)? {
-                    return Err(OpenError::Refused { path, source: Refused::Other("segment length") });
-                }
-                self.unfilled.push(path);
+                return Err(OpenError::Refused { path, source: Refused::Other("segment length") });
+            } else {
+                self.others.misfits.push((slot, stat.st_size as u64));
             }
         }
         Ok(())
@@ -209,6 +232,27 @@ impl Directory {
 
 /// Segment files of one directory.
 pub const SLOTS_MAX: u32 = 1 << 20;
+
+/// The kernel keeps a killed process's lock until its last write has ended: a moment, on a disk that is well.
+const LOCK_WAIT: Duration = Duration::from_secs(2);
+const LOCK_LOOK: Duration = Duration::from_millis(10);
+
+fn take_lock(lock: &OwnedFd, path: &Path) -> Result<(), OpenError> {
+    let mut left = LOCK_WAIT;
+    loop {
+        match rustix::fs::flock(lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(()),
+            Err(Errno::WOULDBLOCK) if left.is_zero() => {
+                return Err(OpenError::Busy { path: path.to_owned() });
+            }
+            Err(Errno::WOULDBLOCK) => {
+                std::thread::sleep(LOCK_LOOK);
+                left = left.saturating_sub(LOCK_LOOK);
+            }
+            Err(errno) => return Err(failed(path, "lock", errno.into())),
+        }
+    }
+}
 
 fn failed(path: &Path, doing: &'static str, source: io::Error) -> OpenError {
     OpenError::Io { path: path.to_owned(), doing, source }

@@ -279,7 +279,10 @@ fn register(ring: &IoUring, directory: &Directory, memory: &Memory) -> io::Resul
         // SAFETY: the pool's mapping lives as long as `memory`, which the engine keeps beside its ring.
         unsafe { ring.submitter().register_buffers(&buffers) }?;
     }
-    ring.submitter().register_files_sparse(FILES)?;
+    ring.submitter().register_files_sparse(FILES + 1)?;
+    // What is in flight outlives a killed process, and its descriptors. The ring ends after it: a lock that hangs
+    // on the ring, too, keeps the next owner from writing where a last write of this one may still land.
+    ring.submitter().register_files_update(FILES, &[directory.lock().as_raw_fd()])?;
     directory.slots().into_iter().try_for_each(|slot| register_file(ring, directory, slot))
 }
 
@@ -433,5 +436,7 @@ impl Drop for Uring {
             }
             self.reap(&mut done);
         }
+        // The ring itself ends some time later; the lock should not.
+        let _ = self.ring.submitter().unregister_files();
     }
 }

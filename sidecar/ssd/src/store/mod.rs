@@ -284,6 +284,8 @@ impl Store {
         };
         place.state = State::Sealed;
         (place.id, place.first_sequence, place.proved) = (id, first_sequence, proved);
+        // A terabyte has half a million of them: no slack.
+        place.keys.reserve_exact(entries.len());
         self.next_sequence = self.next_sequence.max(first_sequence);
         for entry in entries {
             self.next_sequence = self.next_sequence.max(entry.sequence + 1);

@@ -5,6 +5,7 @@
 //!   Free ───────────►                                                                    │ evict
 //!    ▲                                                                                   ▼
 //!    └──────────────────────── nobody reads, what is hot is durable elsewhere ──── Draining
+//! A segment that a crash left open is Sealing from the start.
 //! Retired: after an I/O error, from any state; read, never written again.
 //! ```
 
@@ -14,7 +15,9 @@ use super::{Ack, Action, DropReason, Location, Owner, Pending, Put, Store, SyncF
 use crate::{
     device::{IoError, Part, What},
     error::PutError,
-    format::{Footer, OVERHEAD, RecordKey, SECTOR, SegmentHeader, SegmentId, Superblock, footer_bytes},
+    format::{
+        Entry, Footer, OVERHEAD, RecordKey, SECTOR, SegmentHeader, SegmentId, Superblock, footer_bytes,
+    },
     memory::Aligned,
 };
 
@@ -109,6 +112,20 @@ pub(super) struct Writer {
     /// What the sync in flight is for.
     pub(super) syncing: Vec<(RecordKey, u64)>,
     pub(super) is_syncing: bool,
+}
+
+impl Writer {
+    fn at(tail: u64) -> Self {
+        Self {
+            tail,
+            footer: Footer::default(),
+            in_flight: 0,
+            waiting: Vec::new(),
+            unsynced: Vec::new(),
+            syncing: Vec::new(),
+            is_syncing: false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -345,17 +362,36 @@ impl Store {
             return;
         }
         segment.state = State::Open;
-        segment.writer = Some(Box::new(Writer {
-            tail: SECTOR as u64,
-            footer: Footer::default(),
-            in_flight: 0,
-            waiting: Vec::new(),
-            unsynced: Vec::new(),
-            syncing: Vec::new(),
-            is_syncing: false,
-        }));
+        segment.writer = Some(Box::new(Writer::at(SECTOR as u64)));
         self.shelves[shelf].open = Some(slot);
         self.shelves[shelf].opening = false;
+    }
+
+    /// Ends a life that recovery read record by record, because a crash had left it open: with a footer the next
+    /// start need not read it again, however often there is a crash. Not for one whose payloads were not read: its
+    /// footer would vouch for what nobody looked at.
+    pub fn seal_recovered(&mut self, shelf: usize, slot: u32, entries: &[Entry]) {
+        let segment_bytes = self.shelves[shelf].block.segment_bytes;
+        let Some(segment) = self.shelves[shelf].segments.get_mut(slot as usize) else { return };
+        if segment.state != State::Sealed || !segment.proved || segment.writer.is_some() {
+            return;
+        }
+        let mut footer = Footer::default();
+        for entry in entries {
+            if !footer.has_room() {
+                return;
+            }
+            footer.push(entry.clone());
+        }
+        // One without records gets one, too: it need not be searched again.
+        let end = entries.last().map_or(SECTOR as u64, Entry::end);
+        // Its writer left room for it; a header that lies about its length must not be overwritten all the same.
+        if end + footer.bytes() > segment_bytes {
+            return;
+        }
+        segment.state = State::Sealing;
+        segment.writer = Some(Box::new(Writer { footer, ..Writer::at(end) }));
+        self.settle(shelf, slot);
     }
 
     /// Takes no more records; the footer follows when all writes have ended.

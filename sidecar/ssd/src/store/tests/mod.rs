@@ -114,16 +114,19 @@ impl World {
         let mut found = Vec::new();
         let report = recover(&mut device, |slot, segment| {
             match &segment {
-                Found::Segment { id, first_sequence, entries, proved, .. } => {
+                Found::Segment { id, first_sequence, sealed, entries, proved, .. } => {
                     let (id, first_sequence, proved) = (*id, *first_sequence, *proved);
                     store.adopt(0, slot, Some(Life { id, first_sequence, entries, proved }));
+                    if !sealed {
+                        store.seal_recovered(0, slot, entries);
+                    }
                 }
                 Found::Free(_) => store.adopt(0, slot, None),
                 Found::Unreadable(_) => store.adopt_unreadable(0, slot),
             }
             found.push((slot, segment));
         });
-        Self {
+        let mut world = Self {
             store,
             device,
             disk: Arc::clone(disk),
@@ -136,7 +139,12 @@ impl World {
             puts: 0,
             gets: 0,
             capacity_exceeded: false,
+        };
+        // As the tier does: what a crash left open is sealed before anything else.
+        if !world.store.is_idle() {
+            world.drive();
         }
+        world
     }
 
     fn lane(&mut self, bytes: u64) -> Extent {

@@ -233,3 +233,38 @@ fn durable_puts_that_wait_for_a_sync_are_bounded() {
     world.drive();
     world.check();
 }
+
+#[test]
+fn a_loop_of_crashes_leaves_no_more_to_read_than_one() {
+    let disk = Disk::new(SEGMENT);
+    for life in 0..3 {
+        let mut world = World::on(&disk, life);
+        // The one before ended without a word; what it had open is sealed before anything else.
+        assert_eq!(world.report.scanned, u32::from(life > 0), "life {life}");
+        world.drive();
+        assert_eq!(world.store.segments(0).filter(|view| view.state == State::Sealed).count() as u64, life);
+        world.save(life, true);
+    }
+    // One that ends before its first put leaves nothing.
+    World::on(&disk, 8).drive();
+    let mut last = World::on(&disk, 9);
+    assert_eq!((last.report.sealed, last.report.scanned), (3, 0));
+    assert_eq!(last.load_all(), 3);
+    last.check();
+    let verdict = verify(&mut last.device);
+    assert_eq!((verdict.problem_count, verdict.proved), (0, 3), "{verdict}");
+}
+
+#[test]
+fn what_a_crash_left_open_without_a_record_is_not_searched_twice() {
+    let disk = Disk::new(SEGMENT);
+    let mut world = World::on(&disk, 1);
+    world.put(1, true).unwrap();
+    // The header of the segment is there; the record's write never came to an end.
+    world.drive_but(|op| op.what == What::Write && op.at > 0);
+    let mut next = World::on(&disk, 2);
+    next.drive();
+    next.check();
+    let again = World::on(&disk, 3);
+    assert_eq!((next.report.scanned, again.report.scanned, again.report.sealed), (1, 0, 1));
+}

@@ -1,0 +1,335 @@
+//! P9: records through the tier as it ships, beside fio on the same file system, in turn.
+
+use std::{
+    collections::{HashSet, VecDeque},
+    path::Path,
+    sync::mpsc::Receiver,
+    time::{Duration, Instant},
+};
+
+use pillion_ssd::{
+    format::checksum,
+    store::Action,
+    tier::{Engine, Tier},
+};
+
+use crate::{
+    peers::{self, Load, Peer, Sample, Way},
+    report::{self, Better, Row},
+    rig::{Outcome, Pool, Scratch, Shape, fill, key, meta, number, start, told, usage},
+};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const SIZES: [u64; 4] = [256 * KIB, MIB, 2 * MIB, 8 * MIB];
+const DEPTHS: [u64; 4] = [1, 8, 32, 64];
+/// What peers move, and what the tier holds for certain while it is read.
+const TOTAL: u64 = 1 << 30;
+const SEGMENT: u64 = 256 * MIB;
+const CAPACITY: u64 = 8 * SEGMENT;
+const LATENCIES: &str = "p99 of a 2 MiB read while writes saturate";
+const END: Duration = Duration::from_secs(60);
+
+/// How much of everything.
+#[derive(Debug, Clone, Copy)]
+struct Effort {
+    runs: usize,
+    seconds: f64,
+    depths: &'static [u64],
+    sizes: &'static [u64],
+}
+
+fn size_name(bytes: u64) -> String {
+    if bytes < MIB { format!("{} MiB", bytes as f64 / MIB as f64) } else { format!("{} MiB", bytes / MIB) }
+}
+
+fn case(load: &Load) -> String {
+    format!("{} {} qd{}", load.way.name(), size_name(load.bytes), load.depth)
+}
+
+fn budget(load: &Load) -> Option<f64> {
+    // What the page of budgets names: records of 2 MiB, with the disk busy.
+    let named = load.bytes == 2 * MIB && load.depth >= 8;
+    named.then_some(if load.way == Way::Read { 0.95 } else { 0.90 })
+}
+
+/// `only`: cases whose name has this in it.
+pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) -> Outcome<bool> {
+    let effort = if quick {
+        Effort { runs: 3, seconds: 0.4, depths: &[1, 32], sizes: &[256 * KIB, 2 * MIB] }
+    } else {
+        Effort { runs: 5, seconds: 0.5, depths: &DEPTHS, sizes: &SIZES }
+    };
+    let scratch = Scratch::new(below, "bench")?;
+    let machine = report::machine(&scratch.0);
+    peers::fio_lay_out(&scratch.0, TOTAL)?;
+    let foyer = Peer::of_variable("foyer", "PILLION_PEER_FOYER");
+    let nixl = Peer::of_variable("NIXL POSIX", "PILLION_PEER_NIXL");
+    let mut rows = Vec::new();
+    for &bytes in effort.sizes {
+        let is_wanted = |load: &Load| case(load).contains(only);
+        let of = |way, depth| Load { way, bytes, depth, seconds: effort.seconds, total: TOTAL };
+        let loads = effort.depths.iter().flat_map(|&depth| [of(Way::Write, depth), of(Way::Read, depth)]);
+        let loads: Vec<Load> = loads.filter(is_wanted).collect();
+        let latencies_are_wanted = bytes == 2 * MIB && LATENCIES.contains(only);
+        if loads.is_empty() && !latencies_are_wanted {
+            continue;
+        }
+        let place = scratch.sub("ours")?;
+        let mut ours = Ours::start(&place, bytes, Engine::Auto)?;
+        for load in &loads {
+            let with: &[&Peer] = if bytes == 2 * MIB && load.depth == 32 { &[&nixl, &foyer] } else { &[] };
+            rows.extend(beside(&scratch.0, &mut ours, load, with, effort.runs)?);
+        }
+        if latencies_are_wanted {
+            rows.extend(latencies(&scratch.0, &mut ours, quick)?);
+        }
+        let engine = ours.engine;
+        drop(ours);
+        std::fs::remove_dir_all(&place)?;
+        if engine != "threads" && bytes == 2 * MIB && only.is_empty() {
+            rows.extend(threads(&scratch, bytes, effort)?);
+        }
+    }
+    report::publish(&machine, &rows, json)
+}
+
+/// The same without io_uring.
+fn threads(scratch: &Scratch, bytes: u64, effort: Effort) -> Outcome<Vec<Row>> {
+    let place = scratch.sub("threads")?;
+    let mut ours = Ours::start(&place, bytes, Engine::Threads)?;
+    let mut rows = Vec::new();
+    for way in [Way::Write, Way::Read] {
+        let load = Load { way, bytes, depth: 32, seconds: effort.seconds, total: TOTAL };
+        for mut row in beside(&scratch.0, &mut ours, &load, &[], effort.runs)? {
+            row.case += ", pread threads";
+            // The budget is io_uring's: this is what there is where the kernel refuses it.
+            (row.budget, row.met) = (None, None);
+            rows.push(row);
+        }
+    }
+    drop(ours);
+    std::fs::remove_dir_all(&place)?;
+    Ok(rows)
+}
+
+/// Ours, fio, the others; again and again.
+fn beside(
+    directory: &Path,
+    ours: &mut Ours,
+    load: &Load,
+    others: &[&Peer],
+    runs: usize,
+) -> Outcome<Vec<Row>> {
+    eprintln!("    {} ({})", case(load), ours.engine);
+    let (mut fio, mut theirs) = (Vec::new(), vec![Vec::new(); others.len()]);
+    let mut refused = vec![None; others.len()];
+    for _ in 0..runs {
+        let mine = ours.run(load)?;
+        fio.push((mine, peers::fio(directory, load)?));
+        for (number, peer) in others.iter().enumerate() {
+            if refused[number].is_some() {
+                continue;
+            }
+            // foyer starts and recovers within its run: a longer one.
+            let longer = Load { seconds: load.seconds.max(1.0), ..*load };
+            match peer.run(directory, &longer) {
+                Ok(sample) => theirs[number].push((mine, sample)),
+                Err(why) => refused[number] = Some(why),
+            }
+        }
+    }
+    let speed = |pairs: &[(Sample, Sample)]| -> Vec<(f64, f64)> {
+        pairs.iter().map(|(ours, theirs)| (ours.gbps, theirs.gbps)).collect()
+    };
+    let cpu = |pairs: &[(Sample, Sample)]| -> Vec<(f64, f64)> {
+        pairs.iter().map(|(ours, theirs)| (ours.cpu_s_per_gb, theirs.cpu_s_per_gb)).collect()
+    };
+    let name = case(load);
+    let mut rows = vec![
+        Row::of("P9", name.clone(), "fio", "GB/s", Better::More, budget(load), &speed(&fio)),
+        Row::of("P9", format!("{name}, CPU"), "fio", "s/GB", Better::Less, None, &cpu(&fio)),
+    ];
+    for (number, peer) in others.iter().enumerate() {
+        if let Some(why) = &refused[number] {
+            rows.push(Row::without("P9", name.clone(), peer.name, why));
+            continue;
+        }
+        let target = (peer.name == "NIXL POSIX").then_some(1.0);
+        let pairs = &theirs[number];
+        rows.push(Row::of("P9", name.clone(), peer.name, "GB/s", Better::More, target, &speed(pairs)));
+        rows.push(Row::of("P9", format!("{name}, CPU"), peer.name, "s/GB", Better::Less, None, &cpu(pairs)));
+    }
+    Ok(rows)
+}
+
+/// p99 of single reads of 2 MiB: alone, and while writes saturate. fio does the same, to know what the disk adds.
+fn latencies(directory: &Path, ours: &mut Ours, quick: bool) -> Outcome<Vec<Row>> {
+    eprintln!("    reads while writes saturate");
+    let (runs, seconds) = if quick { (2, 1.5) } else { (5, 3.0) };
+    let load = Load { way: Way::Read, bytes: 2 * MIB, depth: 1, seconds, total: TOTAL };
+    let (mut ms, mut against) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        let (idle, busy) = (ours.p99_ms(&load, 0)?, ours.p99_ms(&load, 32)?);
+        let (their_idle, their_busy) =
+            (peers::fio_p99(directory, &load, 0)?, peers::fio_p99(directory, &load, 32)?);
+        ms.push((busy, idle));
+        against.push((busy / idle, their_busy / their_idle));
+    }
+    let name = LATENCIES;
+    Ok(vec![
+        Row::of("P9", name, "idle", "ms", Better::Less, Some(0.5), &ms),
+        Row::of("P9", format!("{name}, × idle"), "fio", "times", Better::Less, None, &against),
+    ])
+}
+
+/// A tier, full, with what it holds.
+struct Ours {
+    tier: Tier,
+    told: Receiver<(Action, Instant)>,
+    pool: Pool,
+    bytes: u64,
+    engine: &'static str,
+    /// Records that can be got, oldest first.
+    there: VecDeque<u64>,
+    gone: HashSet<u64>,
+    next: u64,
+    /// Where reading goes on.
+    at: usize,
+}
+
+impl Ours {
+    fn start(place: &Path, bytes: u64, engine: Engine) -> Outcome<Self> {
+        let mut pool = Pool::new(bytes, DEPTHS[3] + 1);
+        for lane in 0..=DEPTHS[3] {
+            let extent = pool.lane(lane, bytes);
+            fill(lane, pool.slice_mut(extent));
+        }
+        let (hooks, told) = told();
+        let shape = Shape::one(place, CAPACITY, SEGMENT, engine);
+        let (tier, started) = start(&shape, &pool.memory, hooks, |_| ())?;
+        let mut ours = Self {
+            tier,
+            told,
+            pool,
+            bytes,
+            engine: started[0].engine,
+            there: VecDeque::new(),
+            gone: HashSet::new(),
+            next: 0,
+            at: 0,
+        };
+        // Once over everything: from then on each write goes where one was before, as in a cache that is in use.
+        let load = Load { way: Way::Write, bytes, depth: 32, seconds: f64::INFINITY, total: CAPACITY };
+        ours.moved(&load, CAPACITY + SEGMENT)?;
+        Ok(ours)
+    }
+
+    fn run(&mut self, load: &Load) -> Outcome<Sample> {
+        let ((cpu_before, _), began) = (usage(), Instant::now());
+        let moved = self.moved(load, u64::MAX)?;
+        let seconds = began.elapsed().as_secs_f64();
+        let gb = moved as f64 / 1e9;
+        Ok(Sample { gbps: gb / seconds, cpu_s_per_gb: (usage().0 - cpu_before) / gb })
+    }
+
+    /// Until the time is over or so much is under way; bytes of what ended.
+    fn moved(&mut self, load: &Load, bytes_max: u64) -> Outcome<u64> {
+        let (began, mut begun, mut ended) = (Instant::now(), 0, 0);
+        let mut in_flight = 0;
+        for lane in 0..load.depth {
+            self.begin(load.way, lane)?;
+            (begun, in_flight) = (begun + self.bytes, in_flight + 1);
+        }
+        while in_flight > 0 {
+            let (action, _) = self.told.recv_timeout(END)?;
+            let Some((_, lane)) = self.ended(action)? else { continue };
+            (ended, in_flight) = (ended + self.bytes, in_flight - 1);
+            if began.elapsed().as_secs_f64() < load.seconds && begun < bytes_max {
+                self.begin(load.way, lane)?;
+                (begun, in_flight) = (begun + self.bytes, in_flight + 1);
+            }
+        }
+        Ok(ended)
+    }
+
+    fn begin(&mut self, way: Way, lane: u64) -> Outcome<()> {
+        let extent = self.pool.lane(lane, self.bytes);
+        match way {
+            Way::Write => {
+                // As in the product: the checksum is computed when the block is copied, for each record.
+                let sum = checksum(self.pool.slice(extent));
+                self.tier.put(lane, meta(self.next, self.bytes, sum), extent, false)?;
+                self.next += 1;
+            }
+            Way::Read => {
+                let wanted = self.readable()?;
+                self.tier.get(lane, key(wanted), extent)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The next record in the order of writing, over the newest `TOTAL` bytes.
+    fn readable(&mut self) -> Outcome<u64> {
+        while self.there.front().is_some_and(|first| self.gone.contains(first)) {
+            let first = self.there.pop_front().ok_or("no record is there")?;
+            self.gone.remove(&first);
+        }
+        let count = ((TOTAL / self.bytes) as usize).min(self.there.len());
+        if count == 0 {
+            return Err("no record is there".into());
+        }
+        self.at = (self.at + 1) % count;
+        let mut index = self.there.len() - count + self.at;
+        // While others write, the oldest go: the newest are there.
+        while self.gone.contains(&self.there[index]) {
+            index += 1;
+        }
+        Ok(self.there[index])
+    }
+
+    fn ended(&mut self, action: Action) -> Outcome<Option<(Way, u64)>> {
+        match action {
+            Action::Stored { token, key, .. } => {
+                self.there.push_back(number(&key));
+                Ok(Some((Way::Write, token)))
+            }
+            Action::Loaded { token, .. } => Ok(Some((Way::Read, token))),
+            Action::Dropped { key, .. } => {
+                self.gone.insert(number(&key));
+                Ok(None)
+            }
+            other => Err(format!("{other:?}").into()),
+        }
+    }
+
+    /// Of one read after the other, while so many writes are kept under way.
+    fn p99_ms(&mut self, load: &Load, writes: u64) -> Outcome<f64> {
+        let began = Instant::now();
+        let is_over = || began.elapsed().as_secs_f64() > load.seconds;
+        // The reader's lane is the last one: no writer has it.
+        let reader = DEPTHS[3];
+        let mut times = Vec::new();
+        (0..writes).try_for_each(|lane| self.begin(Way::Write, lane))?;
+        self.begin(Way::Read, reader)?;
+        let (mut in_flight, mut asked) = (writes + 1, Instant::now());
+        while in_flight > 0 {
+            let (action, at) = self.told.recv_timeout(END)?;
+            let Some((way, lane)) = self.ended(action)? else { continue };
+            in_flight -= 1;
+            if way == Way::Read {
+                times.push(at.duration_since(asked).as_secs_f64() * 1e3);
+            }
+            if !is_over() {
+                if way == Way::Read {
+                    asked = Instant::now();
+                }
+                self.begin(way, lane)?;
+                in_flight += 1;
+            }
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[(times.len() * 99 / 100).min(times.len() - 1)])
+    }
+}

@@ -1,0 +1,64 @@
+# Builds and runs the program that measures the SSD tier. Sourced, never run.
+# shellcheck shell=bash
+
+# shellcheck source=scripts/lib/env.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+
+NIXL=1.5.1
+
+need_fio() {
+    have fio && return 0
+    if [[ $(id -u) == 0 ]] && have apt-get; then
+        export DEBIAN_FRONTEND=noninteractive
+        quiet apt-update "updating the list of system packages" apt-get update -q || true
+        quiet apt-fio "installing fio" apt-get install -qy --no-install-recommends fio || true
+        if have fio; then return 0; fi
+    fi
+    printf 'expected fio, which our figures stand beside, and found none: install it (Debian: fio), then run this again\n' >&2
+    exit 3
+}
+
+# A peer's command goes to the program as a variable, one word a line; or "!" and why there is none.
+peer_foyer() {
+    need_rust
+    if quiet peer-foyer "building foyer, a peer (some minutes, once)" env CARGO_TARGET_DIR="$ROOT/target/peers" \
+        cargo build --release --locked --manifest-path "$ROOT/bench/peers/foyer/Cargo.toml"; then
+        export PILLION_PEER_FOYER=$ROOT/target/peers/release/pillion-peer-foyer
+    else
+        export PILLION_PEER_FOYER='!it does not build here'
+    fi
+}
+
+peer_nixl() {
+    local dir=$VENVS/peers recipe="nixl $NIXL"
+    need_python
+    if ! is_stamped "$dir" "$recipe"; then
+        rm -rf "$dir"
+        # Its POSIX backend needs neither torch nor CUDA, which would be gigabytes.
+        if ! quiet peers-venv "making .venv/peers" "$PYTHON" -m venv "$dir" ||
+            ! quiet peers "installing NIXL, a peer" "$dir/bin/python" -m pip install --quiet --no-deps "nixl==$NIXL" "nixl-cu12==$NIXL" numpy; then
+            export PILLION_PEER_NIXL='!its wheel cannot be installed here'
+            return 0
+        fi
+        printf '%s' "$recipe" >"$dir/.complete"
+    fi
+    printf -v PILLION_PEER_NIXL '%s\n%s' "$dir/bin/python" "$ROOT/bench/peers/nixl_posix.py"
+    export PILLION_PEER_NIXL
+}
+
+# bench_ssd COMMAND ARGUMENTS...: paths among the arguments are relative to where the caller is.
+bench_ssd() {
+    need_rust
+    quiet bench-ssd "building bench/ssd" cargo build --release --locked -p pillion-bench-ssd
+    local args=("$@") i commit
+    for ((i = 0; i < ${#args[@]}; i++)); do
+        case ${args[i]} in
+        --dir | --json)
+            i=$((i + 1))
+            if [[ -n ${args[i]:-} && ${args[i]} != /* ]]; then args[i]=$CALLER/${args[i]}; fi
+            ;;
+        esac
+    done
+    commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)
+    PILLION_COMMIT=$commit exec "$ROOT/target/release/pillion-bench-ssd" "${args[@]}"
+}
