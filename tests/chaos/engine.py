@@ -21,12 +21,15 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chaos.sidecar import until
 from pillion._native import SchedulerClient, WorkerClient
+
+if TYPE_CHECKING:
+    from pillion._native import Pages
 
 DONE, FAILED, CANCELLED = 1, 2, 3
 NAMES = {0: "none", DONE: "done", FAILED: "failed", CANCELLED: "cancelled"}
@@ -198,7 +201,7 @@ class FakeEngine:
         shape = self.shape
         layer_stride, block_stride = shape.strides
         half = shape.content // 2
-        pages = {
+        pages: Pages = {
             "size": shape.total,
             "offset": 0,
             "layer_stride": layer_stride,

@@ -284,10 +284,6 @@ HOSTILE_REGISTRATIONS: dict[str, tuple[dict[str, wire.Field], bytes]] = {
     "pages of two lengths": ({"page_heads": wire.u32(1, 1)}, b"columns of equal length"),
     "more layers than there are": ({"page_layers": wire.u32(2**32 - 1)}, b"columns of equal length"),
     "a layer of no page": ({"layer_names": ["l", "m"]}, b"columns of equal length"),
-    "65537 layers": (
-        {"page_layers": wire.u32(65537), "layer_names": [f"{n}" for n in range(65537)]},
-        b"at most 65536",
-    ),
     "a layer twice": ({"page_layers": wire.u32(2), "layer_names": ["l", "l"]}, b"each layer once"),
     "an order of its own": ({"layout": "HCNBL"}, b"kv cache order"),
     "a packing of its own": ({"page_packings": ["bytes"]}, b"packing of a page"),

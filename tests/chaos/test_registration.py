@@ -172,6 +172,8 @@ def test_every_kind_of_cache_goes_out_and_in(
                 caches = dict(allocate_kv_cache(config, torch.device("cpu"), layout, sizes))
             except (AssertionError, ValueError):
                 continue  # vLLM has no such thing
+            if len(model) > 1 and order.name in ("LHBNC", "BHLNC"):
+                continue  # nor this, for groups whose pages differ: `resolve_kv_cache_layout`
             engine = Hybrid(sidecar, f"{name}/{order.name}/{split}", config, caches, order.name)
             try:
                 round_trip(engine)
@@ -181,10 +183,13 @@ def test_every_kind_of_cache_goes_out_and_in(
     assert seen >= 4
 
 
-def test_a_group_that_lies_elsewhere_than_described_is_refused_by_its_canary(world: World) -> None:
+def test_a_group_that_lies_elsewhere_than_described_is_refused_by_its_canary(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two groups; the second one's views are read in another order of heads and tokens than vLLM's."""
-    from pillion.vllm import canary, groups
+    from pillion.vllm import canary, device, groups
 
+    monkeypatch.setattr(device, "on_cuda", lambda: True)
     module = generator()
     config, layout = module.config_of("LBHNC", module.groups()["full and window"])
     caches = dict(allocate_kv_cache(config, torch.device("cpu"), layout, [16, 16]))
@@ -217,7 +222,8 @@ def test_a_group_that_lies_elsewhere_than_described_is_refused_by_its_canary(wor
     client.check_canary(0, 1)
     with pytest.raises(ValueError, match="that of group 1 was not"):
         client.register()
-    describe("LBHNC")
+    canary.write(found.views[1], found.num_blocks, 1)
+    describe("LBNHC")
     with pytest.raises(ValueError, match=r"layout canary: expected .* in layer `model\.layers\.2"):
         client.check_canary(1, 1)
     with pytest.raises(ValueError, match="expected a KV cache group below 2, got 2"):

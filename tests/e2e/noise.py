@@ -59,14 +59,14 @@ class NoisyEngine:
     def register(self) -> None:
         """The real engine's pages, in fewer blocks."""
         own = {"size": self.total, "layer_stride": self.blocks * self.page, "block_stride": self.page}
-        pages = {**self.pages, **own}
+        pages: Any = {**self.pages, **own}
         self.worker.describe(
             layout="LBHNC",
             num_blocks=self.blocks,
             memory_bytes=self.total,
             rank=0,
             world=1,
-            groups=[{**self.group, "pages": [pages]}],
+            groups=[{"block_tokens": self.group["block_tokens"], "pages": [pages]}],
             memfd=self.fd,
         )
         self.worker.check_canary(0, SEED)

@@ -64,7 +64,8 @@ class FakeNative:
     groups: int = 1
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
-    registered: Any = None  # what `register` was given
+    described: Any = None  # what `describe` was given, and the canaries that were compared since
+    registered: Any = None  # the same, of what was registered
     live: bool = False  # registered, and not unregistered since
     log: list[str] = field(default_factory=list)  # the order of what happens around registrations
     streams: list[tuple[str, int | None]] = field(

@@ -86,6 +86,14 @@ pub(crate) fn check(pool: Pool, groups: &[Group]) -> Result<(), Refusal> {
         let (end, memory_bytes) = (first.size, pool.memory_bytes);
         return Err(Refusal::OutsideMemory { region: 0, end, memory_bytes });
     }
+    // Where layers are outermost, block b owns the bytes from b × its stride on in each run of blocks. Strides that
+    // differ would give a byte to different blocks of different groups. (Where blocks are outermost, they are equal.)
+    let differs = tensors().any(|tensor| tensor.block_stride != first.block_stride);
+    if groups.len() > 1 && !pool.order.is_block_outermost() && differs {
+        let what = "KV cache groups with pages of different sizes, in an order that keeps layers apart";
+        let why = "blocks of one would share bytes with other blocks of another; choose a block-first order";
+        return Err(Refusal::NotServed { what, why });
+    }
     let mut longest = 0;
     let mut page = u64::MAX;
     for group in groups {
@@ -292,6 +300,11 @@ pub(crate) fn shard(
         }
     }
     planes_in_order(&mut planes, &mut pieces);
+    if planes.windows(2).any(|pair| pair[0].role == pair[1].role) {
+        let what = "layers of one KV cache group that differ in heads, head size or format";
+        let why = "a record holds one shape of each role";
+        return Err(Refusal::NotServed { what, why });
+    }
     let content = BlockContent::new(group.block_tokens, planes)?;
     Shard::new(content, vec![Extent { start: 0, bytes: pool.memory_bytes }], pool.num_blocks, pieces)
 }

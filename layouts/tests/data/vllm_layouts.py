@@ -23,6 +23,7 @@ def groups() -> dict[str, list[tuple[list[str], list[Any]]]]:
         MambaSpec,
         MLAAttentionSpec,
         SlidingWindowSpec,
+        SparseCacheRole,
     )
 
     def names(count: int, kind: str = "self_attn.attn", first: int = 0) -> list[str]:
@@ -38,7 +39,7 @@ def groups() -> dict[str, list[tuple[list[str], list[Any]]]]:
 
     uint8 = torch.uint8
     sparse = mla(dtype=uint8, cache_dtype_str="fp8_ds_mla", state_content_bytes=656)
-    index = mla(dtype=uint8, head_size=132)
+    index = mla(dtype=uint8, head_size=132, cache_role=SparseCacheRole.INDEXER)
     window = SlidingWindowSpec(
         block_size=16, num_kv_heads=2, head_size=8, dtype=torch.bfloat16, sliding_window=64
     )
