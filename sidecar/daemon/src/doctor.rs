@@ -3,6 +3,7 @@
 //! Works without a sidecar, without Python and with a broken configuration: each
 //! check stands alone and says what to do.
 
+mod disks;
 mod kernel;
 mod python;
 mod sidecar;
@@ -86,6 +87,7 @@ pub fn examine(loaded: &Result<Loaded, ConfigError>, ask: &Ask<'_>) -> DoctorRep
             checks.push(kernel::locked_memory(has_gpu));
             checks.push(sidecar::folders(&places));
             checks.push(sidecar::secret(&places.secret()));
+            checks.extend(disks::directories(&config, report.as_ref()));
             checks.push(check);
         }
         Err(error) => checks.push(Check::fail("folders", "no usable place", error.to_string())),

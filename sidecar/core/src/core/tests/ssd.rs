@@ -261,6 +261,34 @@ fn what_the_ssd_drops_is_gone_unless_it_is_in_the_pool() {
 }
 
 #[test]
+fn each_run_of_a_lease_is_cut_off_by_itself() {
+    let mut rig = rig(16);
+    let engine = rig.engine("e", &tenant(1), "m");
+    // Another group of the same engine.
+    let states = rig.engine("e", &tenant(1), "states");
+    rig.saved(&engine, None, 0..3);
+    rig.saved(&states, None, 0..3);
+    rig.put_all();
+    let mut next = rig.restarted(16);
+    let engine = next.engine("e", &tenant(1), "m");
+    let states = next.engine("e", &tenant(1), "states");
+    next.jobs += 1;
+    let request = next.jobs;
+    let runs = [&engine, &states, &engine].map(|group| LeaseRun { space: group.space, count: 3 }).to_vec();
+    let hashes = [0, 1, 2, 0, 1, 2, 0, 9, 2].map(hash).to_vec();
+    next.apply(Event::Lease { session: engine.scheduler, request, runs, hashes });
+    assert_eq!(next.gets.len(), 4, "of both groups, as far as reading is bounded");
+    next.get(None);
+    next.get(Some(GetEnding::Corrupt));
+    next.get_all();
+    // The second block of the first group is lost; the third run ends where nobody has anything.
+    assert_eq!((next.answer(request), &next.runs), (Some(5), &vec![1, 3, 1]));
+    let lease = next.leased[&request].0;
+    next.apply(Event::Release { session: engine.scheduler, lease });
+    assert_eq!(next.core.counters().pinned_bytes, 0);
+}
+
+#[test]
 fn a_scheduler_that_dies_is_not_answered_and_leaves_no_pins() {
     let mut rig = rig(8);
     let engine = rig.engine("e", &tenant(1), "m");
