@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import time
+from collections.abc import Callable
 
 from chaos import wire
 from chaos.conftest import World
@@ -110,23 +110,34 @@ def test_neighbours_can_be_switched_off(world: World) -> None:
     raw.close()
 
 
+def traffic(world: World, first: Sidecar, second: Sidecar, seed: int, prompts: int) -> list[Traffic]:
+    """The same prompts at both. Every byte that is loaded is compared by the engines themselves."""
+    engines = (world.engine(first, "a"), world.engine(second, "b"))
+    return [Traffic(engine, seed=seed + at, prompts=prompts, whole=True) for at, engine in enumerate(engines)]
+
+
+def run(traffics: list[Traffic], seconds: float, enough: Callable[[], bool] = lambda: False) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not enough():
+        for _ in range(50):
+            for one in traffics:
+                one.step()
+
+
 def test_a_neighbour_that_is_killed_under_load_costs_hits_only(world: World) -> None:
-    """Every byte that is loaded is compared by the engines themselves."""
     first, second = pair(world, host_pool="16MiB")
     meet(first, second)
-    chance = random.Random(7)
-    with (
-        Traffic(world.engine(first, "a"), seed=1, prompts=6) as one,
-        Traffic(world.engine(second, "b"), seed=1, prompts=6) as two,
-    ):
-        for _ in range(4):
-            time.sleep(0.3 + chance.random() * 0.3)
-            first.kill_worker()
-            until(lambda: first.try_status() is not None, "the supervisor to start it again", 10)
-        meet(first, second)
-        done = (one.loaded, two.loaded)
-        until(lambda: one.loaded > done[0] and two.loaded > done[1], "loads to go on", 10)
-    assert two.engine.slowest[0] < 1.0
+    both = traffic(world, first, second, 1, 12)
+    for _ in range(4):
+        run(both, 0.4)
+        killed = first.kill_worker()
+        run(both, 0.3)
+        until(lambda: (told := first.try_status()) and told["sidecar"]["pid"] != killed, "it to start again", 10)  # noqa: B023
+    meet(first, second)
+    run(both, 1.0)
+    before = [one.loads for one in both]
+    run(both, 10, lambda: all(one.loads > loads for one, loads in zip(both, before, strict=True)))
+    assert all(one.loads > loads for one, loads in zip(both, before, strict=True)), "loads go on"
 
 
 def test_a_neighbour_that_is_stopped_is_not_waited_for(world: World) -> None:
@@ -146,22 +157,25 @@ def test_a_neighbour_that_is_stopped_is_not_waited_for(world: World) -> None:
     reader.must_load(prompt)
 
 
-def test_a_small_pool_that_evicts_what_is_lent_waits_for_its_return(world: World) -> None:
+def test_a_small_pool_that_evicts_what_it_has_lent_waits_for_its_return(world: World) -> None:
     """The owner writes all the time; what it has lent stays where it is."""
     first, second = pair(world, host_pool="8MiB")
     meet(first, second)
-    with (
-        Traffic(world.engine(first, "a"), seed=3, prompts=40) as one,
-        Traffic(world.engine(second, "b"), seed=3, prompts=40) as two,
-    ):
-        until(
-            lambda: second.status()["neighbour_blocks"]["borrowed"] > 200 and one.loaded and two.loaded,
-            "many blocks to be borrowed",
-            20,
-        )
+    both = traffic(world, first, second, 3, 60)
+
+    def enough() -> bool:
+        return bool(second.status()["neighbour_blocks"]["borrowed"] > 100)
+
+    run(both, 20, enough)
+    assert enough(), second.explain()
+    for one in both:
+        one.engine.settle()
     for sidecar in (first, second):
         sidecar.await_unleased()
-        assert sidecar.status()["errors"]["checksum_failures"] == 0
+        status = sidecar.status()
+        assert status["faults"]["checksum_failures"] == 0
+        assert status["neighbour_blocks"]["held"] == 0
+    assert any(sidecar.status()["tiers"][0]["blocks_evicted"] for sidecar in (first, second))
 
 
 def test_a_hostile_neighbour_learns_and_breaks_nothing(world: World) -> None:
