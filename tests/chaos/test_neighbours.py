@@ -71,7 +71,7 @@ def test_a_prefix_that_lies_in_two_pools_comes_in_one_load(world: World) -> None
 
 
 def test_tenants_and_models_stay_apart(world: World) -> None:
-    first, second = pair(world, config='[tenants.red]\nuids = []\n[tenants.blue]\nuids = []\n')
+    first, second = pair(world, config="[tenants.red]\nuids = []\n[tenants.blue]\nuids = []\n")
     meet(first, second)
     prompt = chain("a", 8)
     world.engine(first, "writer", tenant="red").must_save(prompt)
@@ -132,7 +132,9 @@ def test_a_neighbour_that_is_killed_under_load_costs_hits_only(world: World) -> 
         run(both, 0.4)
         killed = first.kill_worker()
         run(both, 0.3)
-        until(lambda: (told := first.try_status()) and told["sidecar"]["pid"] != killed, "it to start again", 10)  # noqa: B023
+        until(
+            lambda: (told := first.try_status()) and told["sidecar"]["pid"] != killed, "it to start again", 10
+        )  # noqa: B023
     meet(first, second)
     run(both, 1.0)
     before = [one.loads for one in both]
@@ -161,10 +163,13 @@ def test_a_small_pool_that_evicts_what_it_has_lent_waits_for_its_return(world: W
     """The owner writes all the time; what it has lent stays where it is."""
     first, second = pair(world, host_pool="8MiB")
     meet(first, second)
-    both = traffic(world, first, second, 3, 60)
+    both = traffic(world, first, second, 3, 200)
 
     def enough() -> bool:
-        return bool(second.status()["neighbour_blocks"]["borrowed"] > 100)
+        status = second.status()
+        return bool(
+            status["neighbour_blocks"]["borrowed"] > 100 and status["tiers"][0]["blocks_evicted"] > 100
+        )
 
     run(both, 20, enough)
     assert enough(), second.explain()
@@ -175,7 +180,6 @@ def test_a_small_pool_that_evicts_what_it_has_lent_waits_for_its_return(world: W
         status = sidecar.status()
         assert status["faults"]["checksum_failures"] == 0
         assert status["neighbour_blocks"]["held"] == 0
-    assert any(sidecar.status()["tiers"][0]["blocks_evicted"] for sidecar in (first, second))
 
 
 def test_a_hostile_neighbour_learns_and_breaks_nothing(world: World) -> None:
