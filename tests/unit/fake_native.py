@@ -62,6 +62,7 @@ class FakeNative:
         default_factory=dict
     )  # group -> blocks granted of its next runs
     groups: int = 1
+    neighbours: int = 0
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     described: Any = None  # what `describe` was given, and the canaries that were compared since
@@ -289,6 +290,9 @@ class FakeScheduler:
     def lease_used(self, ticket: int) -> None:
         self.native.called("lease_used")
         self.native.used.append(ticket)
+
+    def neighbours(self) -> int:
+        return self.native.neighbours
 
     def new_epoch(self) -> None:
         self.native.called("new_epoch")

@@ -206,6 +206,10 @@ impl SchedulerClient {
         let _ = ticket;
     }
 
+    fn neighbours(&self) -> usize {
+        self.0.neighbours()
+    }
+
     fn new_epoch(&self) {
         self.0.new_epoch();
     }

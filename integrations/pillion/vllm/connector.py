@@ -125,7 +125,8 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
         }
         if role == KVConnectorRole.SCHEDULER:
             clients = [native.SchedulerClient(**each) for each in options.values()]
-            self._start_scheduler(clients[0] if world == 1 else Ranks(clients), digest)
+            twins = max(identity.twins(fields, 0, world)[0] for fields in spaces)
+            self._start_scheduler(clients[0] if world == 1 else Ranks(clients), digest, twins)
         else:
             rank, name = next(iter(names.items()))
             self._worker = WorkerHalf(
@@ -139,6 +140,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
                 locate=native.cuda_device if device.on_cuda() else None,
                 rank=rank,
                 world=world,
+                twins=[identity.twins(fields, rank, world) for fields in spaces],
             )
         return None
 
@@ -164,7 +166,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             "launch": launch,
         }
 
-    def _start_scheduler(self, client: Any, digest: str) -> None:
+    def _start_scheduler(self, client: Any, digest: str, twins: int) -> None:
         transfer = self._kv_transfer_config
         recompute = transfer.kv_load_failure_policy == "recompute"
         loads = recompute and transfer.is_kv_consumer
@@ -186,6 +188,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             identity=digest,
             world_size=self._vllm_config.parallel_config.world_size,
             adapters=adapters.Adapters(self._vllm_config) if self._vllm_config.lora_config else None,
+            twins=twins,
         )
         if self._waits:
             wait_ready(client, min(self._settings.start_wait_ms, SCHEDULER_START_WAIT_MS), "scheduler")

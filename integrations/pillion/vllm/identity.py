@@ -76,8 +76,20 @@ def _fields(vllm_config: Any, group: Any, model: str) -> dict[str, str]:
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
         "hash_seed": hash_seed(str(cache.prefix_caching_hash_algo)),
         "drafter": "none",
-        "shard": f"1/{vllm_config.parallel_config.tensor_parallel_size}",
+        "shard": f"1/{_shards(vllm_config, spec)}",
     }
+
+
+def _shards(vllm_config: Any, spec: Any) -> int:
+    """Into how many different parts tensor parallelism divides a block of this group."""
+    world = int(vllm_config.parallel_config.tensor_parallel_size)
+    if world == 1 or _is_state(spec):
+        return world  # a state is one opaque run: what part of it a rank holds is not known here
+    if type(spec).__name__ == "MLAAttentionSpec":
+        return 1  # every rank holds the same latents
+    heads = int(vllm_config.model_config.get_total_num_kv_heads())
+    # More ranks than heads: vLLM gives each head to as many ranks that follow each other.
+    return heads if spec.num_kv_heads == 1 and heads < world and world % heads == 0 else world
 
 
 def _is_state(spec: Any) -> bool:
@@ -105,7 +117,14 @@ def _page(spec: Any) -> str:
 
 def of_rank(fields: dict[str, str], rank: int, world: int) -> dict[str, str]:
     """The namespace of a rank's part of every block: the heads that tensor parallelism gives it."""
-    return {**fields, "shard": f"{rank + 1}/{world}"}
+    copies, _ = twins(fields, rank, world)
+    return {**fields, "shard": f"{rank // copies + 1}/{world // copies}"}
+
+
+def twins(fields: dict[str, str], rank: int, world: int) -> tuple[int, int]:
+    """How many ranks hold the same part as this one, itself included, and its number among them."""
+    copies = world // int(fields["shard"].rpartition("/")[2])
+    return copies, rank % copies
 
 
 def backend(vllm_config: Any, spec: Any) -> str:

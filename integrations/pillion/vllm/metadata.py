@@ -31,6 +31,8 @@ class SavePlan(NamedTuple):
     hashes: bytes
     blocks: list[int]
     deadline_ms: int
+    # Ranks that hold the same part of a block save it once among them: each takes its own (`worker.own_part`).
+    shared: bool = False
 
 
 class PillionMetadata(KVConnectorMetadata):

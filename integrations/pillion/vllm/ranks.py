@@ -131,6 +131,10 @@ class Ranks:
         for client, own in zip(self.clients, self._tickets.get(ticket, []), strict=False):
             client.lease_used(own)
 
+    def neighbours(self) -> int:
+        """Sidecars whose pools every rank's sidecar reads."""
+        return min(int(client.neighbours()) for client in self.clients)
+
     def new_epoch(self) -> None:
         self._each(lambda rank: self.clients[rank].new_epoch(), len(self.clients))
 

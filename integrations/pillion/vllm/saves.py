@@ -40,7 +40,14 @@ class Saves:
     """Plans one engine's saves."""
 
     def __init__(
-        self, *, client: Any, hits: Hits, holds: Holds, stats: PillionStats, deadline_ms: int
+        self,
+        *,
+        client: Any,
+        hits: Hits,
+        holds: Holds,
+        stats: PillionStats,
+        deadline_ms: int,
+        twins: int = 1,  # ranks that hold the same part of some group's blocks
     ) -> None:
         self.planned: list[SavePlan] = []  # of this step
         self._client = client
@@ -48,6 +55,7 @@ class Saves:
         self._holds = holds
         self._stats = stats
         self._deadline_ms = deadline_ms
+        self._twins = twins
         self._in_flight: set[tuple[int, bytes]] = set()  # what saves of this epoch carry
         self._due: list[tuple[int, str]] = []
         self._tick = 0
@@ -256,7 +264,9 @@ class Saves:
         job_id = self._holds.open(job, ids, self._deadline_ms)
         self._in_flight.update(saving)
         hashes = b"".join(key for _, key in saving)
-        self.planned.append(SavePlan(job_id, spaces, runs, hashes, ids, self._deadline_ms))
+        # Only where every rank's sidecar reads the others' pools: else each keeps a copy of its own.
+        shared = self._twins > 1 and self._client.neighbours() >= self._twins - 1
+        self.planned.append(SavePlan(job_id, spaces, runs, hashes, ids, self._deadline_ms, shared))
 
     # ---- ends
 

@@ -45,6 +45,7 @@ class SchedulerHalf:
         identity: str,
         world_size: int = 1,
         adapters: Adapters | None = None,
+        twins: int = 1,
     ) -> None:
         self.client = client
         self.settings = settings
@@ -61,6 +62,7 @@ class SchedulerHalf:
                 holds=self.holds,
                 stats=self.stats,
                 deadline_ms=settings.save_deadline_ms,
+                twins=twins,
             )
         self._loads = loads
         self._identity = identity

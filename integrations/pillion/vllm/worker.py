@@ -31,7 +31,7 @@ what vLLM launches after the report sees them.
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ from pillion.vllm.metadata import (
     SavePlan,
     merge,
 )
-from pillion.vllm.ranks import part
+from pillion.vllm.ranks import HASH_BYTES, part
 from pillion.vllm.stats import PillionStats
 
 # The client reports an outcome at the deadline; this much later the shim reports a failure without it.
@@ -89,6 +89,7 @@ class WorkerHalf:
         locate: Callable[[int], str] | None = None,  # device name of an address
         rank: int = 0,
         world: int = 1,
+        twins: Sequence[tuple[int, int]] = (),  # of each group, see `identity.twins`
     ) -> None:
         self.client = client
         self.settings = settings
@@ -101,6 +102,7 @@ class WorkerHalf:
         self._device = device
         self._locate = locate
         self._rank, self._world = rank, world
+        self._twins = list(twins)
         self._cuda = devices.CUDA if device.startswith("gpu-") else None
         self._described: groups.Described | None = None
         self._registered = False
@@ -291,11 +293,16 @@ class WorkerHalf:
     def _save(self, plan: SavePlan) -> None:
         if plan.job in self._running:
             return
+        if plan.shared:
+            plan = own_part(plan, self._twins)
         deadline = time.monotonic() + plan.deadline_ms / 1000 + OVERDUE_S
         self._running[plan.job] = Running(None, len(plan.blocks), deadline)
         self._overdue_at = min(self._overdue_at, deadline)
         if not self._takes_jobs():
             self._end(plan.job, CANCELLED, quiesced=True)
+            return
+        if not plan.blocks:
+            self._end(plan.job, DONE, quiesced=True)  # all of it is other ranks' part
             return
         try:
             self.client.submit_save(
@@ -397,6 +404,29 @@ class WorkerHalf:
             self.client.close()
         if self._mode is not None and self._mode.memfd is not None:
             self._mode.memfd.close()
+
+
+def own_part(plan: SavePlan, twins: Sequence[tuple[int, int]]) -> SavePlan:
+    """What of a save this rank stores: of blocks that others hold as well, those whose hash names it."""
+    runs: list[tuple[int, bytes, int]] = []
+    hashes: list[bytes] = []
+    blocks: list[int] = []
+    at = 0
+    for group, parent, count in plan.runs:
+        copies, mine = twins[group]
+        before = parent
+        for index in range(at, at + count):
+            own = plan.hashes[index * HASH_BYTES :][:HASH_BYTES]
+            if int.from_bytes(own[:8], "little") % copies == mine:
+                if runs and runs[-1][0] == group and hashes and hashes[-1] == before and before:
+                    runs[-1] = (group, runs[-1][1], runs[-1][2] + 1)
+                else:
+                    runs.append((group, before, 1))
+                hashes.append(own)
+                blocks.append(plan.blocks[index])
+            before = own
+        at += count
+    return plan._replace(runs=runs, hashes=b"".join(hashes), blocks=blocks)
 
 
 def wait_ready(client: Any, wait_ms: int, who: str) -> bool:
