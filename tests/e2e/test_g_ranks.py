@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from e2e.harness import Engine, Sidecar, until
-from e2e.prompts import LONG
+from e2e.prompts import KINDS_LONG, LONG
 from e2e.world import ATTEMPTS, Checker, World
 
 PROMPTS = LONG[:4]
@@ -43,7 +44,8 @@ def test_two_ranks_save_each_their_part(engine: Engine, identical: Checker, side
     assert records[0] == records[1] >= sum(prompt.blocks for prompt in PROMPTS)
     for sidecar in sidecars:
         roles = sorted(session["role"] for session in sidecar.sessions())
-        assert roles == ["scheduler", "worker"], f"{sidecar.device}: {roles}"
+        engine_roles = [role for role in roles if role != "neighbour"]
+        assert engine_roles == ["scheduler", "worker"], f"{sidecar.device}: {roles}"
 
 
 def test_two_ranks_load_each_their_part(engine: Engine, identical: Checker) -> None:
@@ -90,6 +92,31 @@ def test_another_number_of_ranks_finds_nothing(world: World, sidecars: list[Side
     reference(*answers)
     assert [answer.loaded for answer in answers] == [0] * len(PROMPTS)
     single.stop()
+
+
+def test_equal_parts_are_stored_once_and_loaded_by_both_ranks(world: World) -> None:
+    """Latent attention: every rank holds all of every block. Each sidecar stores some and lends them to the other."""
+    first = world.sidecar()
+    pair = [first, first.sibling("cpu1")]
+    options: dict[str, Any] = {"which": "deepseek2", "block_size": 16, "tensor_parallel_size": 2}
+    prompts = KINDS_LONG
+    references = world.reference("deepseek2", prompts, block_size=16, tensor_parallel_size=2)
+    identical = Checker(world, references, 16)
+    engine = world.engine("latent", first, **options)
+    until(lambda: all(len(one.status()["neighbours"]) == 1 for one in pair), engine.explain)
+    identical(*engine.ask_all(prompts))
+    engine.quiet()
+    stored = [sidecar.status()["pool"]["records"] for sidecar in pair]
+    # Also the tokens that were generated fill blocks.
+    once = sum(prompt.usable_in(16) // 16 for prompt in prompts)
+    assert min(stored) > 0 and once <= sum(stored) < 1.5 * once, f"{stored} of about {once}"
+    engine.stop()
+    again = world.engine("latent-again", first, **options)
+    identical.loads(again, prompts)
+    lent = [sidecar.status()["neighbour_blocks"]["lent"] for sidecar in pair]
+    assert min(lent) > 0, f"each rank needs what the other's sidecar stores: {lent}"
+    again.stop()
+    pair[1].close()
 
 
 def test_data_parallel_replicas_share_what_either_has_saved(world: World, sidecars: list[Sidecar]) -> None:

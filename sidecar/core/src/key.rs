@@ -71,6 +71,11 @@ impl Namespace {
         NamespaceId(first(hasher.finalize().as_bytes()))
     }
 
+    /// A field's value.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        self.fields.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
     /// For people: `name=value` lines.
     pub fn text(&self) -> String {
         self.fields.iter().map(|(name, value)| format!("{name}={value}\n")).collect()

@@ -34,6 +34,7 @@ use crate::{
     neighbours::{self, Answer, Neighbours},
     register::Registered,
     ssd::{Recovered, Ssd, Told},
+    status::GroupStatus,
 };
 
 /// Completions that a worker's ring holds; more than one worker may have jobs.
@@ -93,6 +94,7 @@ pub struct View {
     pub num_blocks: u64,
     /// One per group.
     pub record_bytes: Vec<u64>,
+    pub groups: Vec<GroupStatus>,
     pub canary: Option<&'static str>,
     pub refused: Option<String>,
 }
@@ -292,6 +294,7 @@ impl Driver {
             layout: None,
             num_blocks: 0,
             record_bytes: Vec::new(),
+            groups: Vec::new(),
             canary: None,
             refused: None,
         };
@@ -501,6 +504,7 @@ impl Driver {
             live.view.layout = Some(layout);
             live.view.num_blocks = registration.num_blocks;
             live.view.record_bytes.clone_from(&record_bytes);
+            live.view.groups = registration.groups.iter().map(GroupStatus::of).collect();
             live.view.canary = Some(canary);
             live.view.refused = None;
             live.mover = Some(mover);

@@ -77,7 +77,7 @@ fn session(id: u64, view: &View, way: &str, jobs: usize) -> SessionStatus {
         path: way.to_owned(),
         layout: layout.clone(),
         blocks: view.num_blocks,
-        block_bytes: view.record_bytes.clone(),
+        groups: view.groups.clone(),
         canary: view.canary.unwrap_or_default().to_owned(),
     });
     SessionStatus {

@@ -125,10 +125,37 @@ pub struct RegistrationStatus {
     pub layout: String,
     /// Blocks of its KV cache.
     pub blocks: u64,
-    /// Bytes of one block, by KV cache group.
-    pub block_bytes: Vec<u64>,
+    /// Its KV cache groups.
+    pub groups: Vec<GroupStatus>,
     /// How the layout was proved: "compared", or "presented" at a re-attachment.
     pub canary: String,
+}
+
+/// A KV cache group of a worker, as its namespace names it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct GroupStatus {
+    /// What its layers are, such as `SlidingWindowSpec window=80 …`.
+    pub kind: String,
+    /// Which of the different parts of a block this rank holds, such as 1/2.
+    pub shard: String,
+    /// Tokens of a block.
+    pub block_tokens: String,
+    /// Bytes of a stored block.
+    pub block_bytes: u64,
+}
+
+impl GroupStatus {
+    /// Of a registration.
+    pub fn of(group: &pillion_core::Group) -> Self {
+        let field = |name| group.namespace.field(name).unwrap_or_default().to_owned();
+        Self {
+            kind: field("group"),
+            shard: field("shard"),
+            block_tokens: field("block_tokens"),
+            block_bytes: group.record_bytes,
+        }
+    }
 }
 
 /// A peer that was sent away.

@@ -51,6 +51,12 @@ fn sessions(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> {
     writeln!(out, "sessions      {}", report.sessions.len())?;
     for session in &report.sessions {
         writeln!(out, "  {}", session_line(session))?;
+        let groups = session.registration.iter().flat_map(|memory| &memory.groups);
+        groups.enumerate().try_for_each(|(index, group)| {
+            let (kind, shard, tokens) = (safe(&group.kind), safe(&group.shard), safe(&group.block_tokens));
+            let bytes = approximate(group.block_bytes);
+            writeln!(out, "    group {index}: {kind}; shard {shard}, blocks of {tokens} tokens, {bytes}")
+        })?;
     }
     if report.refused.is_empty() {
         return Ok(());
@@ -74,12 +80,7 @@ fn session_line(it: &SessionStatus) -> String {
     );
     if let Some(memory) = &it.registration {
         let (path, layout, canary) = (safe(&memory.path), safe(&memory.layout), safe(&memory.canary));
-        let bytes: Vec<String> = memory.block_bytes.iter().map(|bytes| approximate(*bytes)).collect();
-        let bytes = match bytes.as_slice() {
-            [one] => one.clone(),
-            groups => format!("{} groups ({})", groups.len(), groups.join(", ")),
-        };
-        line += &format!("; {path} {layout}, {} blocks of {bytes}, canary {canary}", memory.blocks);
+        line += &format!("; {path} {layout}, {} blocks, canary {canary}", memory.blocks);
     }
     if let Some(reason) = &it.refused {
         line += &format!("; REFUSED, runs uncached: {}", safe(reason));

@@ -73,7 +73,12 @@ fn report() -> StatusReport {
                     path: "memfd".to_owned(),
                     layout: "LBHNC".to_owned(),
                     blocks: 512,
-                    block_bytes: vec![4096],
+                    groups: vec![GroupStatus {
+                        kind: "FullAttentionSpec window=None".into(),
+                        shard: "1/2".into(),
+                        block_tokens: "32".into(),
+                        block_bytes: 4096,
+                    }],
                     canary: "compared".to_owned(),
                 }),
             },
@@ -104,7 +109,8 @@ pillion 0.1.0, serving cpu0
   pool        1.5 GiB of 4.0 GiB used (38 %), 128 blocks, 64.0 MiB leased
 sessions      2
   scheduler pid 77 uid 1000 tenant default engine e\u{fffd}[31m1, for 0s, 0 jobs running
-  worker    pid 78 uid 1000 tenant default engine e1, for 1d 1h, 1 jobs running; memfd LBHNC, 512 blocks of 4.0 KiB, canary compared; REFUSED, runs uncached: layout\u{fffd}
+  worker    pid 78 uid 1000 tenant default engine e1, for 1d 1h, 1 jobs running; memfd LBHNC, 512 blocks, canary compared; REFUSED, runs uncached: layout\u{fffd}
+    group 0: FullAttentionSpec window=None; shard 1/2, blocks of 32 tokens, 4.0 KiB
 refused of late
   1m 1s ago: worker pid 79 uid 1001: expected a user that may attach, came uid 1001
 leases        2 held; 10 granted, 0 empty, 0 refused, 0 expired
