@@ -364,8 +364,15 @@ impl Store {
 
     /// A lease found the record.
     pub(crate) fn touch(&mut self, id: RecordId) {
-        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
-        record.uses = record.uses.saturating_add(1);
+        if let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) {
+            record.uses = record.uses.saturating_add(1);
+        }
+        self.renew(id);
+    }
+
+    /// As young as one that is found now; that is no use of it.
+    pub(crate) fn renew(&mut self, id: RecordId) {
+        let Some(record) = self.get(id) else { return };
         let (bytes, uses) = (record.bytes, record.uses);
         let due = self.due(bytes, uses);
         self.set_due(id, due);

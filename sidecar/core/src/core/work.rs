@@ -292,7 +292,8 @@ impl Core {
                 let (key, tenant, index) = (record.key, Arc::clone(&record.tenant), record.index);
                 self.announce(&key, &tenant, index, actions);
             }
-            self.store.touch(*id);
+            // Written is not used: see decision 008.
+            self.store.renew(*id);
         }
         self.counters.blocks_saved += u64::from(blocks);
         running.writes_left = self.offer((session, job), &running.records);

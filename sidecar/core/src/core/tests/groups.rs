@@ -219,3 +219,24 @@ fn blocks_that_another_lease_pins_count_once() {
     assert_eq!(rig.lease(&engine, 0..3).1, 2, "as much as may be pinned");
     assert_eq!(rig.lease(&engine, 0..2).1, 2, "the same bytes again");
 }
+
+/// Decision 008: what was found once stays for a pool's length longer than what was only written.
+#[test]
+fn being_written_is_no_use() {
+    let mut rig = Rig::new(4);
+    let engine = rig.engine("e", &tenant(1), "m");
+    for block in [10, 20, 30, 40] {
+        rig.save(&engine, None, block..block + 1);
+        rig.copied();
+    }
+    let (lease, _) = rig.lease(&engine, [10].into_iter());
+    rig.apply(Event::Release { session: engine.scheduler, lease });
+    // Three newer ones: the three that nobody asked for go.
+    for block in [50, 60, 70] {
+        rig.save(&engine, None, block..block + 1);
+        rig.copied();
+    }
+    for (block, there) in [(10, 1), (20, 0), (30, 0), (40, 0), (70, 1)] {
+        assert_eq!(rig.lease(&engine, [block].into_iter()).1, there, "block {block}");
+    }
+}
