@@ -312,6 +312,10 @@ impl Lane {
         if pieces.is_empty() {
             return Ok(None);
         }
+        if let Some(stage) = &mut self.stage {
+            // Only by chunks that fly: as many parts as these and one more are there.
+            stage.next += 1;
+        }
         let queued = self.queue(&pieces);
         queued.map(Some).map_err(|error| CopyError::Unreachable(error.to_string()))
     }
@@ -355,7 +359,7 @@ impl Lane {
         }
         let mut out = Vec::with_capacity(wanted.len());
         let (mut known, mut extents) = (Vec::new(), Vec::new());
-        let Some((mut at, end)) = self.stage.as_mut().map(Stage::part) else { return out };
+        let Some((mut at, end)) = self.stage.as_ref().map(Stage::part) else { return out };
         for (index, pool) in wanted {
             let item = &items[index];
             let plan = match self.plan_of_block(item, item.block) {
@@ -504,9 +508,8 @@ impl Lane {
 
 impl Stage {
     /// The part that the next chunk goes through.
-    fn part(&mut self) -> (u64, u64) {
+    fn part(&self) -> (u64, u64) {
         let start = self.next % (DEPTH as u64 + 1) * self.part_bytes;
-        self.next += 1;
         (start, start + self.part_bytes)
     }
 }

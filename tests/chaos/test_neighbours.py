@@ -92,11 +92,11 @@ def test_another_cluster_secret_finds_nothing(world: World) -> None:
     second.state = first.place / "other"
     world.sidecars.append(second)
     second.start()
-    meet(first, second)
     prompt = chain("a", 8)
     world.engine(first, "writer").must_save(prompt)
     reader = world.engine(second, "reader")
-    time.sleep(0.3)
+    time.sleep(0.6)
+    assert borrows(first, 0) and borrows(second, 0)
     assert reader.lookup(prompt) == 0 and reader.load(prompt) is None
 
 

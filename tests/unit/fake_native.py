@@ -62,7 +62,7 @@ class FakeNative:
         default_factory=dict
     )  # group -> blocks granted of its next runs
     groups: int = 1
-    neighbours: int = 0
+    neighbours: list[str] = field(default_factory=list)
     released: list[int] = field(default_factory=list)
     used: list[int] = field(default_factory=list)
     described: Any = None  # what `describe` was given, and the canaries that were compared since
@@ -291,8 +291,11 @@ class FakeScheduler:
         self.native.called("lease_used")
         self.native.used.append(ticket)
 
-    def neighbours(self) -> int:
+    def neighbours(self) -> list[str]:
         return self.native.neighbours
+
+    def device(self) -> str:
+        return "fake"
 
     def new_epoch(self) -> None:
         self.native.called("new_epoch")

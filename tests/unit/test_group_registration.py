@@ -26,12 +26,12 @@ from unit.test_layouts_oracle import VERSIONS, generator
 BLOCKS = 3
 
 
-def engine(cache_dtype: str = "auto", world: int = 1) -> Any:
+def engine(cache_dtype: str = "auto", world: int = 1, heads: int = 8) -> Any:
     """Of vLLM's configuration, what packings depend on."""
     return SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=world),
         cache_config=SimpleNamespace(cache_dtype=cache_dtype),
-        model_config=SimpleNamespace(dtype=torch.bfloat16),
+        model_config=SimpleNamespace(dtype=torch.bfloat16, get_total_num_kv_heads=lambda: heads),
         attention_config=None,
     )
 
@@ -134,16 +134,15 @@ def test_packings_on_cpu_are_opaque_by_head_and_name_the_instruction_set() -> No
 
 
 def test_heads_count_over_all_ranks(gpu: FakeGpu) -> None:
-    def total(world: int, **spec: Any) -> int:
-        text = groups.packing(engine(world=world), full(**spec))
+    def total(world: int, heads: int = 8, **spec: Any) -> int:
+        text = groups.packing(engine(world=world, heads=heads), full(**spec))
         return int(text.split()[1].removeprefix("total_heads="))
 
     assert total(4) == 8 and total(1) == 2
-    if hasattr(full(), "max_tp_shards"):
-        assert total(4, num_kv_heads=1, max_tp_shards=2) == 2, "two ranks hold the same head"
-        assert total(4, num_kv_heads=1, max_tp_shards=None) == 4, "nobody knows"
-        assert total(4, num_kv_heads=1, max_tp_shards=3) == 4, "ranks that do not divide"
-        assert total(4, max_tp_shards=2) == 8, "more than one head a rank: none is there twice"
+    assert total(4, heads=2, num_kv_heads=1) == 2, "two ranks hold the same head"
+    assert total(4, heads=4, num_kv_heads=1) == 4
+    assert total(4, heads=3, num_kv_heads=1) == 4, "ranks that do not divide"
+    assert total(4, heads=2) == 8, "more than one head a rank: none is there twice"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from pillion.vllm import identity
 from pillion.vllm.metadata import SavePlan
+from pillion.vllm.ranks import Ranks
 from pillion.vllm.saves import Saves
 from pillion.vllm.worker import own_part
 
@@ -19,7 +20,7 @@ def shards(spec: Any, world: int, heads: int) -> list[str]:
         parallel_config=SimpleNamespace(tensor_parallel_size=world),
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
     )
-    fields = {"model": "m", "shard": f"1/{identity._shards(config, spec)}"}
+    fields = {"model": "m", "shard": f"1/{identity.shards(config, spec)}"}
     return [identity.of_rank(fields, rank, world)["shard"] for rank in range(world)]
 
 
@@ -77,11 +78,23 @@ def test_every_block_belongs_to_exactly_one_of_the_ranks_that_hold_it() -> None:
     assert all(times == (2 if group == 0 else 4) for (group, _), times in seen.items())
 
 
-@pytest.mark.parametrize(("twins", "neighbours", "shared"), [(1, 3, False), (2, 0, False), (2, 1, True)])
+@pytest.mark.parametrize(
+    ("twins", "reads", "shared"),
+    [
+        (1, [["b", "c"], ["a", "c"], ["a", "b"]], False),
+        (3, [["b", "c"], ["a", "c"], ["b", "a", "z"]], True),
+        (3, [["b", "c"], ["a"], ["a", "b"]], False),
+        (3, [["b", "c"], ["a", "z"], ["a", "b"]], False),
+        (3, [[], [], []], False),
+    ],
+)
 def test_a_save_is_shared_only_where_the_others_can_read_it(
-    twins: int, neighbours: int, shared: bool
+    twins: int, reads: list[list[str]], shared: bool
 ) -> None:
-    client = SimpleNamespace(neighbours=lambda: neighbours)
+    def of(device: str, neighbours: list[str]) -> Any:
+        return SimpleNamespace(device=lambda: device, neighbours=lambda: neighbours)
+
+    client = Ranks([of(device, neighbours) for device, neighbours in zip("abc", reads, strict=True)])
     holds = SimpleNamespace(open=lambda *_: b"j" * 16)
     hits: Any = SimpleNamespace(groups=[SimpleNamespace(kind="full", hashes=1)])
     saves = Saves(client=client, hits=hits, holds=holds, stats=None, deadline_ms=1, twins=twins)  # type: ignore[arg-type]

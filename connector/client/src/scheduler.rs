@@ -57,6 +57,14 @@ struct Counts {
     leases_lost: u64,
 }
 
+/// Another sidecar of the node, and what it has for our tenant.
+#[derive(Debug)]
+struct Neighbour {
+    number: u64,
+    device: String,
+    table: TableReader,
+}
+
 #[derive(Debug)]
 struct State {
     /// One per KV cache group.
@@ -72,7 +80,9 @@ struct State {
     seed: u64,
     table: Option<TableReader>,
     /// Of other sidecars of the node, by their number: what they have, ours lends.
-    neighbours: Vec<(u64, TableReader)>,
+    neighbours: Vec<Neighbour>,
+    /// The device of ours.
+    device: String,
     lease_ms: u32,
     tickets: HashMap<u64, Ticket>,
     counts: Counts,
@@ -120,6 +130,7 @@ impl SchedulerClient {
             seed: 0,
             table: None,
             neighbours: Vec::new(),
+            device: String::new(),
             lease_ms: 30_000,
             tickets: HashMap::new(),
             counts: Counts::default(),
@@ -254,9 +265,16 @@ impl SchedulerClient {
         }
     }
 
-    /// Other sidecars of the node whose tables are fresh: what they have can be leased here.
-    pub fn neighbours(&self) -> usize {
-        self.shared.state().fresh_neighbours().len()
+    /// Devices of the other sidecars of the node whose tables are fresh: what they have can be leased here.
+    pub fn neighbours(&self) -> Vec<String> {
+        let state = self.shared.state();
+        let fresh = state.neighbours.iter().filter(|neighbour| neighbour.table.is_fresh());
+        fresh.map(|neighbour| neighbour.device.clone()).collect()
+    }
+
+    /// The device that our sidecar serves; empty before the first attachment.
+    pub fn device(&self) -> String {
+        self.shared.state().device.clone()
     }
 
     /// From now on, nothing that was saved before is found.
@@ -324,8 +342,7 @@ impl State {
     }
 
     fn fresh_neighbours(&self) -> Vec<&TableReader> {
-        let fresh = self.neighbours.iter().filter(|(_, table)| table.is_fresh());
-        fresh.map(|(_, table)| table).collect()
+        self.neighbours.iter().map(|neighbour| &neighbour.table).filter(|table| table.is_fresh()).collect()
     }
 
     /// The closure says of a hash whether somebody has its block.
@@ -407,6 +424,7 @@ impl Half for Shared {
         state.forget_connection();
         state.table = Some(table);
         state.seed = attached.welcome.index_seed;
+        state.device.clone_from(&attached.welcome.device);
         state.lease_ms = attached.welcome.lease_ms;
         state.open_namespaces(outbox);
         Ok(())
@@ -434,12 +452,15 @@ impl Half for Shared {
             Message::NeighbourTable(table) => {
                 // One that cannot be opened is as good as none.
                 let opened = fds.pop_front().and_then(|fd| TableReader::open(fd, table.stale_ms).ok());
-                state.neighbours.retain(|(number, _)| *number != table.neighbour);
-                if let Some(reader) = opened.filter(|_| state.neighbours.len() < NEIGHBOURS_MAX) {
-                    state.neighbours.push((table.neighbour, reader));
+                let wire::NeighbourTable { neighbour: number, device, .. } = table;
+                state.neighbours.retain(|known| known.number != number);
+                if let Some(table) = opened.filter(|_| state.neighbours.len() < NEIGHBOURS_MAX) {
+                    state.neighbours.push(Neighbour { number, device, table });
                 }
             }
-            Message::NeighbourGone(gone) => state.neighbours.retain(|(number, _)| *number != gone.neighbour),
+            Message::NeighbourGone(gone) => {
+                state.neighbours.retain(|neighbour| neighbour.number != gone.neighbour);
+            }
             Message::Refused(refused) => {
                 drop(state);
                 self.health.say(format!("refused: {}", refused.text));

@@ -206,8 +206,12 @@ impl SchedulerClient {
         let _ = ticket;
     }
 
-    fn neighbours(&self) -> usize {
+    fn neighbours(&self) -> Vec<String> {
         self.0.neighbours()
+    }
+
+    fn device(&self) -> String {
+        self.0.device()
     }
 
     fn new_epoch(&self) {

@@ -189,13 +189,7 @@ def packing(vllm_config: Any, spec: Any) -> str:
 
 
 def _attention(vllm_config: Any, spec: Any) -> str:
-    world = vllm_config.parallel_config.tensor_parallel_size
-    # More ranks than heads: neighbours hold the same one. Where vLLM does not say how many differ (0.30), each counts
-    # as its own.
-    shards = getattr(spec, "max_tp_shards", None)
-    if not shards or spec.num_kv_heads > 1 or world % shards:
-        shards = world
-    total = spec.num_kv_heads * min(world, shards)
+    total = spec.num_kv_heads * identity.shards(vllm_config, spec)
     mode = getattr(spec.kv_quant_mode, "name", str(spec.kv_quant_mode))
     content, dtype = spec.state_content_size_bytes, _name(spec.dtype)
     if not device.on_cuda():

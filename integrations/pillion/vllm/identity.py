@@ -76,11 +76,11 @@ def _fields(vllm_config: Any, group: Any, model: str) -> dict[str, str]:
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
         "hash_seed": hash_seed(str(cache.prefix_caching_hash_algo)),
         "drafter": "none",
-        "shard": f"1/{_shards(vllm_config, spec)}",
+        "shard": f"1/{shards(vllm_config, spec)}",
     }
 
 
-def _shards(vllm_config: Any, spec: Any) -> int:
+def shards(vllm_config: Any, spec: Any) -> int:
     """Into how many different parts tensor parallelism divides a block of this group."""
     world = int(vllm_config.parallel_config.tensor_parallel_size)
     if world == 1 or _is_state(spec):

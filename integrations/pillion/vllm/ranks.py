@@ -131,9 +131,10 @@ class Ranks:
         for client, own in zip(self.clients, self._tickets.get(ticket, []), strict=False):
             client.lease_used(own)
 
-    def neighbours(self) -> int:
-        """Sidecars whose pools every rank's sidecar reads."""
-        return min(int(client.neighbours()) for client in self.clients)
+    def read_each_other(self) -> bool:
+        """Whether every rank's sidecar reads the pools of all others."""
+        devices = {client.device() for client in self.clients}
+        return all(devices <= {client.device(), *client.neighbours()} for client in self.clients)
 
     def new_epoch(self) -> None:
         self._each(lambda rank: self.clients[rank].new_epoch(), len(self.clients))

@@ -265,7 +265,7 @@ class Saves:
         self._in_flight.update(saving)
         hashes = b"".join(key for _, key in saving)
         # Only where every rank's sidecar reads the others' pools: else each keeps a copy of its own.
-        shared = self._twins > 1 and self._client.neighbours() >= self._twins - 1
+        shared = self._twins > 1 and self._client.read_each_other()
         self.planned.append(SavePlan(job_id, spaces, runs, hashes, ids, self._deadline_ms, shared))
 
     # ---- ends

@@ -264,11 +264,11 @@ impl Core {
             Event::SsdPutEnded { token, ending } => self.put_ended(token, ending, actions),
             Event::SsdGetEnded { token, ending } => self.get_ended(token, ending, now_ns, actions),
             Event::SsdDropped { key } => self.ssd_dropped(&key, actions),
-            Event::NeighbourCame { neighbour } => self.neighbours.came(neighbour),
+            Event::NeighbourCame { neighbour, lease_ns } => self.neighbours.came(neighbour, lease_ns),
             Event::NeighbourWent { neighbour } => self.neighbour_went(neighbour, actions),
             Event::NeighbourAnswered { keys, lent } => self.neighbour_answered(&keys, lent, now_ns, actions),
             Event::Borrow { session, request, keys } => self.lend(session, request, &keys, now_ns, actions),
-            Event::Damaged { session, key } => self.damaged(session, &key, actions),
+            Event::Damaged { session, key, offset } => self.damaged(session, &key, offset, actions),
         }
         if self.ssd.is_some() {
             self.pump_ssd(now_ns, actions);

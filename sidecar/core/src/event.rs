@@ -296,6 +296,8 @@ pub enum Event {
     NeighbourCame {
         /// Which.
         neighbour: NeighbourId,
+        /// How long its leases last.
+        lease_ns: u64,
     },
     /// It does not any more; what it lent may change.
     NeighbourWent {
@@ -324,6 +326,8 @@ pub enum Event {
         session: SessionId,
         /// Its key's bytes.
         key: [u8; 32],
+        /// Where it was read.
+        offset: u64,
     },
     /// Time passes.
     Tick,
@@ -469,6 +473,8 @@ pub enum Action {
         neighbour: NeighbourId,
         /// Its key's bytes.
         key: [u8; 32],
+        /// Where it was read.
+        offset: u64,
     },
     /// Answer to [`Event::Borrow`]; where nothing is lent it comes without a lease.
     Lent {

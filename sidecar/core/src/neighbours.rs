@@ -4,7 +4,7 @@
 //! waiting lease pins it, and its owner keeps it where it is until the last one of its *borrow* is given back.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     sync::Arc,
 };
 
@@ -39,6 +39,8 @@ pub struct Question {
     pub index: IndexKey,
     /// The block key's bytes, which its owner compares.
     pub key: [u8; 32],
+    /// Blocks of one run are wanted up to the first that nobody has.
+    pub run: (u64, usize),
 }
 
 /// What was borrowed by one answer.
@@ -56,7 +58,8 @@ pub(crate) type Waiter = (u64, usize, usize);
 
 #[derive(Debug, Default)]
 pub(crate) struct Neighbours {
-    up: BTreeSet<NeighbourId>,
+    /// How long their leases last.
+    up: BTreeMap<NeighbourId, u64>,
     /// Who waits for an answer about which key.
     asked: KeyMap<Vec<Waiter>>,
     /// To be asked with the end of this event.
@@ -70,8 +73,8 @@ impl Neighbours {
         self.up.is_empty()
     }
 
-    pub(crate) fn came(&mut self, neighbour: NeighbourId) {
-        self.up.insert(neighbour);
+    pub(crate) fn came(&mut self, neighbour: NeighbourId, lease_ns: u64) {
+        self.up.insert(neighbour, lease_ns);
     }
 
     pub(crate) fn went(&mut self, neighbour: NeighbourId) {
@@ -79,7 +82,14 @@ impl Neighbours {
     }
 
     /// Asks for a key, once for all who want it. False: too much is being asked.
-    pub(crate) fn ask(&mut self, key: BlockKey, index: IndexKey, tenant: &Arc<str>, waiter: Waiter) -> bool {
+    pub(crate) fn ask(
+        &mut self,
+        key: BlockKey,
+        index: IndexKey,
+        tenant: &Arc<str>,
+        run: (u64, usize),
+        waiter: Waiter,
+    ) -> bool {
         if let Some(waiters) = self.asked.get_mut(&key) {
             waiters.push(waiter);
             return true;
@@ -88,7 +98,7 @@ impl Neighbours {
             return false;
         }
         self.asked.insert(key, vec![waiter]);
-        self.next.push(Question { tenant: Arc::clone(tenant), index, key: key.bytes() });
+        self.next.push(Question { tenant: Arc::clone(tenant), index, key: key.bytes(), run });
         true
     }
 
@@ -129,10 +139,15 @@ impl Neighbours {
         is_empty.then(|| self.borrows.remove(&borrow)).flatten()
     }
 
-    /// Borrows that were last renewed before a time; they count as renewed now.
-    pub(crate) fn renew(&mut self, before_ns: u64, now_ns: u64) -> Vec<Borrow> {
+    /// Borrows of which a third of their owner's term is over; they count as renewed now.
+    pub(crate) fn renew(&mut self, now_ns: u64) -> Vec<Borrow> {
         let mut due = Vec::new();
-        for borrow in self.borrows.values_mut().filter(|borrow| borrow.renewed_ns <= before_ns) {
+        let up = &self.up;
+        let is_due = |borrow: &Borrow| {
+            let term_ns = up.get(&borrow.neighbour).copied().unwrap_or_default();
+            borrow.renewed_ns + term_ns / 3 <= now_ns
+        };
+        for borrow in self.borrows.values_mut().filter(|borrow| is_due(borrow)) {
             borrow.renewed_ns = now_ns;
             due.push(*borrow);
         }

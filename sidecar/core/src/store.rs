@@ -140,7 +140,7 @@ pub(crate) struct Store {
     /// the pool is touched once, whatever the records' sizes. It lasts for a century at 4 TiB/s.
     clock: u64,
     /// Records of neighbours among those in the arena.
-    foreign: usize,
+    foreign: BTreeSet<(NeighbourId, RecordId)>,
     /// Borrows that have lost a record since this was last asked, once for each.
     returned: Vec<u64>,
     pool_kib: u64,
@@ -164,7 +164,7 @@ impl Store {
             children: KeyMap::default(),
             evictable: BTreeSet::new(),
             clock: 0,
-            foreign: 0,
+            foreign: BTreeSet::new(),
             returned: Vec::new(),
             pool_kib: kib(pool_bytes),
             used_bytes: 0,
@@ -178,12 +178,12 @@ impl Store {
 
     /// Records of this pool.
     pub(crate) fn len(&self) -> usize {
-        self.arena.len() - self.vacant.len() - self.foreign
+        self.arena.len() - self.vacant.len() - self.foreign.len()
     }
 
     /// Records of others that are borrowed.
     pub(crate) fn foreign(&self) -> usize {
-        self.foreign
+        self.foreign.len()
     }
 
     pub(crate) fn find(&self, key: &BlockKey) -> Option<RecordId> {
@@ -209,7 +209,6 @@ impl Store {
     /// An entry for a neighbour's record: it can be pinned and found, and goes with its last pin.
     pub(crate) fn insert_foreign(&mut self, key: BlockKey, lent: Lent, foreign: Foreign) -> RecordId {
         debug_assert!(self.find(&key).is_none());
-        self.foreign += 1;
         let record = Record {
             key,
             // Nothing is said of it in our tables.
@@ -228,16 +227,15 @@ impl Store {
             due: Due { at: 0, touched: 0 },
             queued: false,
         };
-        self.add(record)
+        let id = self.add(record);
+        self.foreign.insert((foreign.neighbour, id));
+        id
     }
 
     /// Takes a neighbour's records out of the index.
     pub(crate) fn retire_foreign(&mut self, neighbour: NeighbourId) {
-        let of_it = |record: &Record| record.neighbour() == Some(neighbour);
-        let ids: Vec<RecordId> = (0..self.arena.len() as u32)
-            .map(RecordId)
-            .filter(|id| self.foreign > 0 && self.get(*id).is_some_and(of_it))
-            .collect();
+        let of_it = (neighbour, RecordId(0))..=(neighbour, RecordId(u32::MAX));
+        let ids: Vec<RecordId> = self.foreign.range(of_it).map(|(_, id)| *id).collect();
         for id in ids {
             self.retire(id);
         }
@@ -325,7 +323,7 @@ impl Store {
                 self.used_bytes -= record.bytes;
             }
             Place::Foreign(foreign, _) => {
-                self.foreign -= 1;
+                self.foreign.remove(&(foreign.neighbour, id));
                 self.returned.push(foreign.borrow);
             }
         }

@@ -191,10 +191,7 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem, buffer: &mut Vec<u8>)
     };
     match result {
         Some(Ok(checksum)) => BlockOutcome::Copied(checksum),
-        Some(Err(error @ CopyError::Corrupt { .. })) if item.pool != 0 => {
-            tracing::warn!(job = ?task.job, "a neighbour's record is not what it lent: {error}");
-            BlockOutcome::Corrupt
-        }
+        Some(Err(error @ CopyError::Corrupt { .. })) if item.pool != 0 => not_as_lent(task.job, &error),
         Some(Err(error @ CopyError::Corrupt { .. })) => corrupt(task.job, &error),
         Some(Err(error)) => {
             tracing::warn!(job = ?task.job, direction = ?task.direction, "block not copied: {error}");
@@ -202,6 +199,12 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem, buffer: &mut Vec<u8>)
         }
         None => BlockOutcome::Unreachable,
     }
+}
+
+/// Says that a neighbour gave a place away that it had lent, or that its memory lost what it was given.
+pub(crate) fn not_as_lent(job: JobId, error: &CopyError) -> BlockOutcome {
+    tracing::warn!(?job, "a neighbour's record is not what it lent: {error}");
+    BlockOutcome::Corrupt
 }
 
 /// Says that the host's memory lost what it was given.

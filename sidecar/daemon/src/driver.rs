@@ -153,6 +153,7 @@ pub struct Driver {
     /// Those that lend to us.
     pub neighbours: Neighbours,
     stale_ms: u32,
+    device: String,
     ssd: Option<Ssd>,
     /// Lease requests that were not answered yet, and when they came.
     asked: HashMap<(SessionId, u64), Instant>,
@@ -179,6 +180,7 @@ pub struct Parts {
     pub copiers: Copiers,
     pub pool: Arc<HostPool>,
     pub stale_ms: u32,
+    pub device: String,
     pub ssd: Option<Ssd>,
     pub gpu: Option<Arc<Gpu>>,
     pub metrics: Arc<Metrics>,
@@ -203,6 +205,7 @@ impl Driver {
             pool: parts.pool,
             neighbours: Neighbours::default(),
             stale_ms: parts.stale_ms,
+            device: parts.device,
             ssd: parts.ssd,
             asked: HashMap::new(),
             gpu: parts.gpu,
@@ -334,6 +337,7 @@ impl Driver {
             neighbour: 0,
             tenant: tenant.to_string(),
             stale_ms: self.stale_ms,
+            device: self.device.clone(),
         });
         self.send_frame(session, Outgoing::new(&message, vec![fd]));
     }
@@ -378,10 +382,12 @@ impl Driver {
         &mut self,
         device: String,
         pool: ForeignPool,
+        lease_ms: u32,
         out: UnboundedSender<Outgoing>,
     ) -> NeighbourId {
         let neighbour = self.neighbours.came(device, pool, out);
-        self.apply(Event::NeighbourCame { neighbour });
+        let lease_ns = u64::from(lease_ms) * 1_000_000;
+        self.apply(Event::NeighbourCame { neighbour, lease_ns });
         neighbour
     }
 
@@ -637,7 +643,9 @@ impl Driver {
             }
             Action::RenewAt { neighbour, lease } => self.neighbours.renew(neighbour, lease),
             Action::Return { neighbour, lease } => self.neighbours.give_back(neighbour, lease),
-            Action::SayDamaged { neighbour, key } => self.neighbours.say_damaged(neighbour, key),
+            Action::SayDamaged { neighbour, key, offset } => {
+                self.neighbours.say_damaged(neighbour, key, offset);
+            }
             Action::Lent { session, request, lease, records } => {
                 let said = neighbours::borrowed(request, lease, &records);
                 self.send(session, &Message::Borrowed(said));
@@ -728,7 +736,8 @@ impl Driver {
         let age = self.last_stamp.elapsed();
         self.last_stamp = Instant::now();
         self.metrics.set_stamp_age_max(age);
-        if !self.drained {
+        // A table that was retired promises nothing any more.
+        if !self.draining {
             for table in self.tables.values() {
                 table.stamp();
             }

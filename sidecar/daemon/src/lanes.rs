@@ -115,6 +115,7 @@ fn serve(
     for LaneTask { session, job, direction, items, pools, event, cancelled } in tasks {
         waiting.fetch_sub(1, Ordering::Relaxed);
         let begun = Instant::now();
+        let foreign: Vec<bool> = items.iter().map(|item| item.pool != 0).collect();
         let moved = if cancelled.load(Ordering::Acquire) {
             vec![Moved::Skipped; items.len()]
         } else if items.iter().any(|item| item.pool != 0 && !pools.contains_key(&item.pool)) {
@@ -128,7 +129,11 @@ fn serve(
             let items: Vec<Item> = items.iter().map(item).collect();
             lane.run(&items, event, &cancelled)
         };
-        let blocks = moved.into_iter().map(|moved| outcome(job, direction, moved)).collect();
+        let blocks = moved
+            .into_iter()
+            .zip(foreign)
+            .map(|(moved, foreign)| outcome(job, direction, moved, foreign))
+            .collect();
         let report = CopyReport { session, job, direction, way, blocks, took: begun.elapsed() };
         if reports.send(report).is_err() {
             break;
@@ -137,10 +142,11 @@ fn serve(
     lane.close();
 }
 
-fn outcome(job: JobId, direction: Direction, moved: Moved) -> BlockOutcome {
+fn outcome(job: JobId, direction: Direction, moved: Moved, foreign: bool) -> BlockOutcome {
     match moved {
         Moved::Copied(checksum) => BlockOutcome::Copied(checksum),
         Moved::Skipped => BlockOutcome::Skipped,
+        Moved::Failed(error @ CopyError::Corrupt { .. }) if foreign => copier::not_as_lent(job, &error),
         Moved::Failed(error @ CopyError::Corrupt { .. }) => copier::corrupt(job, &error),
         Moved::Failed(error) => {
             tracing::warn!(?job, ?direction, "block not copied: {error}");

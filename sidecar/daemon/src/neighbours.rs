@@ -16,12 +16,12 @@ use std::{
     path::PathBuf,
     rc::Rc,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use pillion_core::{LeaseId, Lent, NeighbourId, Question};
 use pillion_cuda::ForeignPool;
-use pillion_protocol::{MAJOR, MAX_BLOCKS, MINOR, Message, wire};
+use pillion_protocol::{MAJOR, MINOR, Message, wire};
 use pillion_shm::{pidfd::Process, presence::TableReader};
 use tokio::{
     net::UnixStream,
@@ -37,13 +37,19 @@ use crate::{
 };
 
 /// Neighbours at a time (I8).
-const NEIGHBOURS_MAX: usize = 64;
+const NEIGHBOURS_MAX: usize = 16;
 /// Tenants of one neighbour whose tables are looked at (I8).
-const TABLES_MAX: usize = 256;
+const TABLES_MAX: usize = 32;
 /// How often new ones are looked for, and a process is looked at.
 const LOOK: Duration = Duration::from_millis(250);
 /// How long one may take to let us in.
 const ATTACH_MAX: Duration = Duration::from_secs(2);
+/// How long an answer may take before a neighbour is given up: what it holds for us ends with the connection.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+/// How long one that could not be attached to is left alone, at most.
+const ALONE_MAX: Duration = Duration::from_secs(30);
+/// Blocks of one request: they are given back together.
+const ASKED_AT_ONCE: usize = 256;
 /// An offset that means: not lent.
 const NOT_LENT: u64 = u64::MAX;
 
@@ -62,7 +68,7 @@ struct Neighbour {
     pool: Arc<ForeignPool>,
     tables: HashMap<Arc<str>, Table>,
     /// Keys of requests that are not answered yet.
-    asked: HashMap<u64, Vec<[u8; 32]>>,
+    asked: BTreeMap<u64, (Instant, Vec<[u8; 32]>)>,
     requests: u64,
 }
 
@@ -96,7 +102,8 @@ impl Neighbours {
     pub fn came(&mut self, device: String, pool: ForeignPool, out: UnboundedSender<Outgoing>) -> NeighbourId {
         self.last += 1;
         let pool = Arc::new(pool);
-        let new = Neighbour { device, out, pool, tables: HashMap::new(), asked: HashMap::new(), requests: 0 };
+        let new =
+            Neighbour { device, out, pool, tables: HashMap::new(), asked: BTreeMap::new(), requests: 0 };
         self.known.insert(self.last, new);
         NeighbourId(self.last)
     }
@@ -104,7 +111,7 @@ impl Neighbours {
     /// It is gone: what was asked of it and will not be answered.
     pub fn went(&mut self, id: NeighbourId) -> Option<Answer> {
         let gone = self.known.remove(&id.0)?;
-        let keys = gone.asked.into_values().flatten().collect();
+        let keys = gone.asked.into_values().flat_map(|(_, keys)| keys).collect();
         Some(Answer { keys, lent: None })
     }
 
@@ -122,11 +129,13 @@ impl Neighbours {
 
     /// A neighbour's table as our clients of that tenant get it.
     pub fn introduction(&self, id: NeighbourId, tenant: &Arc<str>) -> Option<Outgoing> {
-        let table = self.known.get(&id.0)?.tables.get(tenant)?;
+        let neighbour = self.known.get(&id.0)?;
+        let table = neighbour.tables.get(tenant)?;
         let message = Message::NeighbourTable(wire::NeighbourTable {
             neighbour: id.0.into(),
             tenant: tenant.to_string(),
             stale_ms: table.stale_ms,
+            device: neighbour.device.clone(),
         });
         Some(Outgoing::new(&message, vec![table.fd.try_clone().ok()?]))
     }
@@ -140,23 +149,35 @@ impl Neighbours {
     pub fn ask(&mut self, questions: Vec<Question>) -> Answer {
         let mut nobody = Vec::new();
         let mut asked: BTreeMap<u32, Vec<[u8; 32]>> = BTreeMap::new();
-        for Question { tenant, index, key } in questions {
-            let has = |neighbour: &&Neighbour| {
-                let table = neighbour.tables.get(&tenant).map(|table| &table.reader);
-                table.is_some_and(|table| table.is_fresh() && table.get(index) != 0)
+        let (mut tables, mut of_tenant, mut ended) = (Vec::new(), None, None);
+        for Question { tenant, index, key, run } in questions {
+            if of_tenant.as_ref() != Some(&tenant) {
+                let fresh = |neighbour: &'_ Neighbour| {
+                    neighbour.tables.get(&tenant).is_some_and(|table| table.reader.is_fresh())
+                };
+                tables = self.known.iter().filter(|(_, neighbour)| fresh(neighbour)).collect();
+                of_tenant = Some(Arc::clone(&tenant));
+            }
+            let has = |neighbour: &Neighbour| {
+                neighbour.tables.get(&tenant).is_some_and(|table| table.reader.get(index) != 0)
             };
-            match self.known.iter().find(|(_, neighbour)| has(neighbour)) {
-                Some((id, _)) => asked.entry(*id).or_default().push(key),
-                None => nobody.push(key),
+            // What comes behind a gap is of no use.
+            let found = tables.iter().find(|(_, neighbour)| ended != Some(run) && has(neighbour));
+            match found {
+                Some((id, _)) => asked.entry(**id).or_default().push(key),
+                None => {
+                    ended = Some(run);
+                    nobody.push(key);
+                }
             }
         }
         for (id, keys) in asked {
             let Some(neighbour) = self.known.get_mut(&id) else { continue };
-            for part in keys.chunks(MAX_BLOCKS) {
+            for part in keys.chunks(ASKED_AT_ONCE) {
                 neighbour.requests += 1;
                 let request = neighbour.requests;
                 let ask = wire::Borrow { request, keys: part.as_flattened().to_vec() };
-                neighbour.asked.insert(request, part.to_vec());
+                neighbour.asked.insert(request, (Instant::now(), part.to_vec()));
                 neighbour.send(&Message::Borrow(ask));
             }
         }
@@ -166,7 +187,8 @@ impl Neighbours {
     /// What a neighbour said to a request of ours.
     fn answered(&mut self, id: NeighbourId, said: wire::Borrowed) -> Result<Option<Answer>, String> {
         let neighbour = self.known.get_mut(&id.0).ok_or("expected a neighbour that is known")?;
-        let Some(keys) = neighbour.asked.remove(&said.request) else { return Ok(None) };
+        // An answer that makes no sense leaves it asked: it is answered when the connection ends.
+        let Some((_, keys)) = neighbour.asked.get(&said.request) else { return Ok(None) };
         let lease = LeaseId::from_slice(&said.lease).ok_or("expected a lease id of 16 bytes")?;
         let formats: Vec<Arc<str>> = said.formats.iter().map(|format| Arc::from(format.as_str())).collect();
         let columns = [said.offsets.len(), said.bytes.len(), said.checksums.len(), said.format_of.len()];
@@ -189,7 +211,14 @@ impl Neighbours {
             })
         };
         let records = (0..keys.len()).map(record).collect();
+        let keys = neighbour.asked.remove(&said.request).map(|(_, keys)| keys).unwrap_or_default();
         Ok(Some(Answer { keys, lent: Some((id, lease, records)) }))
+    }
+
+    /// Whether a neighbour leaves a question of ours without an answer.
+    fn is_mute(&self, id: NeighbourId) -> bool {
+        let oldest = self.known.get(&id.0).and_then(|neighbour| neighbour.asked.values().next());
+        oldest.is_some_and(|(asked, _)| asked.elapsed() > ANSWER_MAX)
     }
 
     /// Keeps a lease.
@@ -203,8 +232,8 @@ impl Neighbours {
     }
 
     /// Says that a record is damaged.
-    pub fn say_damaged(&self, id: NeighbourId, key: [u8; 32]) {
-        self.send(id, &Message::Damaged(wire::Damaged { key: key.to_vec() }));
+    pub fn say_damaged(&self, id: NeighbourId, key: [u8; 32], offset: u64) {
+        self.send(id, &Message::Damaged(wire::Damaged { key: key.to_vec(), offset }));
     }
 
     fn send(&self, id: NeighbourId, message: &Message) {
@@ -266,6 +295,8 @@ pub fn borrowed(request: u64, lease: LeaseId, records: &[Option<Lent>]) -> wire:
 /// Looks for neighbours as long as the process lives.
 pub async fn look_around(shared: Rc<Shared>, runtime_dir: PathBuf) {
     let connected: Rc<RefCell<HashSet<String>>> = Rc::default();
+    // Those that did not let us in: until when they are left alone, and how long that was.
+    let alone: Rc<RefCell<HashMap<String, (Instant, Duration)>>> = Rc::default();
     let mut look = interval(LOOK);
     look.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -273,16 +304,25 @@ pub async fn look_around(shared: Rc<Shared>, runtime_dir: PathBuf) {
         for device in device::sockets(&runtime_dir) {
             let path = runtime_dir.join(format!("{device}.sock"));
             let known = connected.borrow().contains(&device) || connected.borrow().len() >= NEIGHBOURS_MAX;
-            if known || path == shared.socket || shared.driver.borrow().is_draining() {
+            let is_left_alone = alone.borrow().get(&device).is_some_and(|(until, _)| Instant::now() < *until);
+            if known || is_left_alone || path == shared.socket || shared.driver.borrow().is_draining() {
                 continue;
             }
             connected.borrow_mut().insert(device.clone());
-            let (shared, connected) = (Rc::clone(&shared), Rc::clone(&connected));
+            let (shared, connected, alone) = (Rc::clone(&shared), Rc::clone(&connected), Rc::clone(&alone));
             tokio::task::spawn_local(async move {
                 match attach(&path, &device, &shared).await {
-                    Ok(link) => serve(link, &shared).await,
-                    // An old socket file, another version, another user's: looked at again, said once.
-                    Err(text) => tracing::debug!(device, "no neighbour: {text}"),
+                    Ok(link) => {
+                        alone.borrow_mut().remove(&device);
+                        serve(link, &shared).await;
+                    }
+                    // An old socket file, another version, another user's, one that is just starting.
+                    Err(text) => {
+                        tracing::debug!(device, "no neighbour: {text}");
+                        let before = alone.borrow().get(&device).map_or(LOOK, |(_, pause)| *pause);
+                        let pause = (before * 2).min(ALONE_MAX);
+                        alone.borrow_mut().insert(device.clone(), (Instant::now() + pause, pause));
+                    }
                 }
                 connected.borrow_mut().remove(&device);
             });
@@ -318,10 +358,13 @@ async fn attach(path: &std::path::Path, device: &str, shared: &Rc<Shared>) -> Re
     channel.push(Outgoing::new(&hello, Vec::new()));
     let welcomed = timeout(ATTACH_MAX, welcome(&mut channel)).await;
     let (welcome, mut fds) = welcomed.map_err(|_| "it does not answer".to_owned())??;
+    if welcome.index_seed != shared.secret.neighbour_key().index_seed() {
+        return Err("it has another cluster secret: no key of ours is one of its".into());
+    }
     let fd = fds.pop().ok_or("expected its pool, got no descriptor")?;
     let pool = ForeignPool::open(fd, welcome.pool_bytes).map_err(|error| error.to_string())?;
     let (out, outgoing) = mpsc::unbounded_channel();
-    let id = shared.driver.borrow_mut().neighbour_came(device.to_owned(), pool, out);
+    let id = shared.driver.borrow_mut().neighbour_came(device.to_owned(), pool, welcome.lease_ms, out);
     tracing::info!(device, pool_mib = welcome.pool_bytes >> 20, "borrowing from a neighbour");
     Ok(Link { channel, process, id, device: device.to_owned(), outgoing })
 }
@@ -385,7 +428,10 @@ async fn exchange(link: &mut Link, shared: &Rc<Shared>) -> String {
                 Some(frame) => channel.push(frame),
                 None => return "it was forgotten".into(),
             },
-            _ = look.tick() => if process.has_ended() { return "its process has ended".into() },
+            _ = look.tick() => {
+                if process.has_ended() { return "its process has ended".into(); }
+                if shared.driver.borrow().neighbours.is_mute(*id) { return "it does not answer".into(); }
+            }
         }
         if let Err(errno) = channel.write() {
             return errno.to_string();

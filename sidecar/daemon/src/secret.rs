@@ -17,6 +17,7 @@ pub const SECRET_BYTES: usize = 32;
 
 /// Separates tenant keys from every other use of BLAKE3; changing it forgets all records.
 const TENANT_KEY_CONTEXT: &str = "pillion 2026 tenant key v1";
+const NEIGHBOUR_KEY_CONTEXT: &str = "pillion 2026 neighbours v1";
 
 /// The secret that all sidecars of a cluster share.
 pub struct ClusterSecret([u8; SECRET_BYTES]);
@@ -108,6 +109,13 @@ impl ClusterSecret {
         // The secret's length is fixed, so that no other pair makes the same input.
         hasher.update(&self.0).update(tenant.as_str().as_bytes());
         TenantKey(*hasher.finalize().as_bytes())
+    }
+
+    /// What sidecars of one secret know each other by. No tenant has this key, and nothing is stored under it.
+    pub fn neighbour_key(&self) -> pillion_core::TenantKey {
+        let mut hasher = blake3::Hasher::new_derive_key(NEIGHBOUR_KEY_CONTEXT);
+        hasher.update(&self.0);
+        pillion_core::TenantKey::new(*hasher.finalize().as_bytes())
     }
 }
 

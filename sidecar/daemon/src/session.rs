@@ -227,7 +227,7 @@ impl Connection {
         }
         let tenant = if is_neighbour {
             // It speaks for no tenant: it asks by keys, which it can form only for those of its own clients.
-            Tenant { name: "".into(), key: TenantKey::new([0; 32]) }
+            Tenant { name: "".into(), key: secret.neighbour_key() }
         } else {
             let name = config.tenant_allowed(&hello.tenant, self.peer.uid).map_err(denied)?;
             let key = TenantKey::new(*secret.tenant_key(&name).as_bytes());
@@ -361,6 +361,18 @@ impl Connection {
 
     fn handle(&mut self, session: SessionId, message: Message, fds: Vec<OwnedFd>) -> Result<(), String> {
         let mut driver = self.shared.driver.borrow_mut();
+        let of_neighbours = matches!(
+            message,
+            Message::Borrow(_)
+                | Message::Renew(_)
+                | Message::Release(_)
+                | Message::Damaged(_)
+                | Message::Ping(_)
+        );
+        // It speaks for no tenant: nothing is opened, registered or saved for it.
+        if !of_neighbours && driver.live(session).is_some_and(|live| live.view.role == Role::Neighbour) {
+            return Err(format!("expected a neighbour to borrow, got {:?}", message.kind()));
+        }
         let event = match message {
             Message::Ping(ping) => {
                 let engines = driver.engines() as u32;
@@ -424,7 +436,7 @@ impl Connection {
             }
             Message::Damaged(damaged) => {
                 let key = damaged.key.as_slice().try_into().map_err(|_| "expected a key of 32 bytes")?;
-                Event::Damaged { session, key }
+                Event::Damaged { session, key, offset: damaged.offset }
             }
             Message::Cancel(cancel) => Event::Cancel { session, job: job(&cancel.job)? },
             other => return Err(format!("expected a client's message, got {:?}", other.kind())),

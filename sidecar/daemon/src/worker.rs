@@ -136,6 +136,7 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
         copiers,
         pool,
         stale_ms: (config.table_stamp_ms * 5) as u32,
+        device: config.device.clone(),
         ssd: recovering.is_some().then(|| ssd::Ssd::starting(&config)),
         gpu,
         metrics: Arc::clone(&metrics),

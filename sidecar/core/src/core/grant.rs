@@ -58,14 +58,19 @@ impl Core {
             return actions.push(nothing(runs.len()));
         }
         let runs = self.plan(&session.tenant.key, runs, hashes);
-        let wait = Wait::new(id, request, runs, now_ns + self.patience_ns(now_ns));
+        let deadline_ns = now_ns + self.patience_ns(&runs, now_ns);
+        let wait = Wait::new(id, request, runs, deadline_ns);
         self.begin_wait(wait, now_ns, actions);
     }
 
     /// How long a lease waits for what is not here before it is granted without the rest.
-    pub(super) fn patience_ns(&self, now_ns: u64) -> u64 {
+    fn patience_ns(&self, runs: &[Run], now_ns: u64) -> u64 {
+        let slots = || runs.iter().flat_map(|run| &run.slots);
         let ssd_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.patience_ns(now_ns));
-        ssd_ns.max(if self.neighbours.is_alone() { 0 } else { self.limits.borrow_wait_ns })
+        let from_ssd = slots().any(|slot| matches!(slot, Slot::There(..)));
+        let from_neighbours = slots().any(|slot| matches!(slot, Slot::Abroad(..)));
+        let borrow_ns = if from_neighbours { self.limits.borrow_wait_ns } else { 0 };
+        borrow_ns.max(if from_ssd { ssd_ns } else { 0 })
     }
 
     /// Pins what is here, asks for the rest, and answers at once where there is none.
@@ -142,15 +147,17 @@ impl Core {
             granted.push(Granted { space: run.space, start, count: records.len() as u32 - start });
         }
         if records.is_empty() {
-            self.counters.leases_empty += 1;
+            self.counters.leases_empty += u64::from(!wait.lends);
             return actions.push(wait.refusal());
         }
         // Children first: a parent must never be older than its child.
         for record in records.iter().rev() {
             self.store.touch(*record);
         }
-        self.counters.lease_blocks_hit += records.len() as u64;
-        self.counters.leases_granted += 1;
+        if !wait.lends {
+            self.counters.lease_blocks_hit += records.len() as u64;
+            self.counters.leases_granted += 1;
+        }
         let blocks: Vec<u32> = granted.iter().map(|run| run.count).collect();
         let lease = Lease {
             session: id,

@@ -22,11 +22,12 @@ impl Core {
 
     /// Asks the neighbours for a record that is not here.
     pub(super) fn ask_neighbours(&mut self, key: &BlockKey, index: IndexKey, waiter: Waiter) -> Fetching {
+        let (wait, run, _) = waiter;
         let tenant = self.waits.get(&waiter.0).and_then(|wait| self.sessions.get(&wait.session));
         let Some(tenant) = tenant.map(|session| Arc::clone(&session.tenant.name)) else {
             return Fetching::No;
         };
-        if !self.neighbours.is_alone() && self.neighbours.ask(*key, index, &tenant, waiter) {
+        if !self.neighbours.is_alone() && self.neighbours.ask(*key, index, &tenant, (wait, run), waiter) {
             Fetching::Coming
         } else {
             Fetching::No
@@ -102,8 +103,7 @@ impl Core {
     }
 
     pub(super) fn renew_borrows(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
-        let before_ns = now_ns.saturating_sub(self.limits.lease_ns / 3);
-        for borrow in self.neighbours.renew(before_ns, now_ns) {
+        for borrow in self.neighbours.renew(now_ns) {
             actions.push(Action::RenewAt { neighbour: borrow.neighbour, lease: borrow.lease });
         }
     }
@@ -133,7 +133,8 @@ impl Core {
             actions.push(nothing_lent(id, request, keys.len().min(MAX_BLOCKS)));
             return self.protocol_error(id, text, actions);
         }
-        if self.draining || self.leases.len() + self.waits.len() >= self.limits.leases_max {
+        // Half of what there is: our own engines come first.
+        if self.draining || self.leases.len() + self.waits.len() >= self.limits.leases_max / 2 {
             self.counters.leases_refused += 1;
             return actions.push(nothing_lent(id, request, keys.len()));
         }
@@ -141,12 +142,15 @@ impl Core {
         let mut runs = Vec::with_capacity(keys.len());
         for key in keys {
             let slot =
-                self.look_by_bytes(key).filter(|(_, more)| pinned + more <= self.limits.pinned_bytes_max);
+                self.look_by_bytes(key).filter(|(_, more)| pinned + more <= self.limits.pinned_bytes_max / 2);
             pinned += slot.map_or(0, |(_, more)| more);
             let slots = slot.map(|(slot, _)| slot).into_iter().collect();
             runs.push(Run { space: NamespaceId([0; 16]), slots });
         }
-        let wait = Wait { lends: true, ..Wait::new(id, request, runs, now_ns + self.patience_ns(now_ns)) };
+        // Whoever asks waits for us: what is here must reach it before it gives up on all of it.
+        let ssd_ns = self.ssd.as_ref().map_or(0, |ssd| ssd.patience_ns(now_ns));
+        let deadline_ns = now_ns + ssd_ns.min(self.limits.borrow_wait_ns / 2);
+        let wait = Wait { lends: true, ..Wait::new(id, request, runs, deadline_ns) };
         self.begin_wait(wait, now_ns, actions);
     }
 
@@ -182,10 +186,12 @@ impl Core {
     }
 
     /// A neighbour found that a record's bytes are not those that were stored: whoever asks next computes it anew.
-    pub(super) fn damaged(&mut self, id: SessionId, key: &[u8; 32], actions: &mut Vec<Action>) {
+    pub(super) fn damaged(&mut self, id: SessionId, key: &[u8; 32], offset: u64, actions: &mut Vec<Action>) {
         let is_neighbour = self.sessions.get(&id).is_some_and(|session| session.role == Role::Neighbour);
         let found = self.store.find_bytes(key).filter(|_| is_neighbour);
+        // One that was given another place since is not the one that was read.
         let own = found.filter(|id| self.store.get(*id).is_some_and(|record| !record.is_foreign()));
+        let own = own.filter(|id| self.store.offset(*id) == Some(offset));
         if let Some((key, tenant, index)) = own.and_then(|id| self.store.retire(id)) {
             self.announce(&key, &tenant, index, actions);
         }

@@ -91,7 +91,9 @@ impl Core {
             && let Some(Offer { key, waiting }) = ssd.offers.front().copied()
         {
             let found = self.store.find(&key).and_then(|id| Some((id, self.store.get(id)?)));
-            let Some((id, record)) = found.filter(|(_, record)| record.state == State::Published) else {
+            // A neighbour's record, borrowed since, is not ours to write.
+            let ours = |record: &Record| record.state == State::Published && !record.is_foreign();
+            let Some((id, record)) = found.filter(|(_, record)| ours(record)) else {
                 // Evicted before its turn came, or found to be damaged.
                 ssd.offers.pop_front();
                 self.counters.ssd_not_written += 1;

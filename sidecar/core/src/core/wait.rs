@@ -88,7 +88,8 @@ impl Core {
                     Slot::Here(_) => continue,
                 };
                 match fetching {
-                    Fetching::Later => return,
+                    // The next may lack what a neighbour has.
+                    Fetching::Later => break,
                     Fetching::Here(record) => self.arrived((id, run, slot), &key, Some(record)),
                     Fetching::No => self.arrived((id, run, slot), &key, None),
                     Fetching::Coming => {}

@@ -10,6 +10,7 @@ use crate::{
     ids::{JobId, LeaseId, NamespaceId, SessionId},
     jobs::Job,
     key::BlockKey,
+    ssd::CacheMode,
     store::{NewRecord, Record, RecordId, State},
 };
 
@@ -101,6 +102,7 @@ impl Core {
             let Some(registration) = &owner.registration else { return };
             let seed = owner.tenant.key.index_seed();
             let on_ssd = |key: &BlockKey| ssd.as_ref().is_some_and(|ssd| ssd.contains(key));
+            let durable = ssd.as_ref().is_some_and(|ssd| ssd.limits.mode == CacheMode::WriteThrough);
             let mut rest = save.hashes.iter().zip(save.blocks);
             'runs: for (run, index) in runs.iter().zip(&groups) {
                 let group = &registration.groups[usize::from(*index)];
@@ -108,6 +110,12 @@ impl Core {
                 let mut parent = run.parent.as_ref().map(key_of);
                 for (hash, block) in rest.by_ref().take(run.count as usize) {
                     let key = key_of(hash);
+                    // Borrowed is not stored durably: an acknowledgement would promise what its owner does not.
+                    if let Some(borrowed) = store.find(&key).filter(|_| durable)
+                        && store.get(borrowed).is_some_and(Record::is_foreign)
+                    {
+                        store.retire(borrowed);
+                    }
                     // What is on the SSD only is stored, too.
                     if store.find(&key).is_some() || on_ssd(&key) {
                         counters.blocks_deduplicated += 1;
@@ -329,8 +337,9 @@ impl Core {
                     self.counters.checksum_failures += 1;
                     if let Some(neighbour) = self.store.get(*id).and_then(Record::neighbour) {
                         // Or its owner gave the place away, as it had not heard from us: that costs it a hit.
+                        let offset = self.store.offset(*id).unwrap_or_default();
                         let key = self.store.retire(*id).map(|(key, ..)| key.bytes());
-                        actions.extend(key.map(|key| Action::SayDamaged { neighbour, key }));
+                        actions.extend(key.map(|key| Action::SayDamaged { neighbour, key, offset }));
                         continue;
                     }
                     if let Some((key, tenant, index)) = self.store.retire(*id) {

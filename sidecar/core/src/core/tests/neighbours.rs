@@ -21,7 +21,11 @@ fn session_of(rig: usize) -> SessionId {
 
 impl Node {
     fn new(count: usize, pool_records: u64) -> Self {
-        let rigs = (0..count).map(|_| Rig::new(pool_records)).collect();
+        Self::of((0..count).map(|_| Rig::new(pool_records)).collect())
+    }
+
+    fn of(rigs: Vec<Rig>) -> Self {
+        let count = rigs.len();
         let mut node = Self { rigs, up: HashSet::new(), requests: 0, slow: false };
         for from in 0..count {
             for to in (0..count).filter(|to| *to != from) {
@@ -40,7 +44,8 @@ impl Node {
                 uid: 7,
                 tenant: tenant(9),
             });
-            self.rigs[from].apply(Event::NeighbourCame { neighbour: NeighbourId(to as u32 + 1) });
+            let (neighbour, lease_ns) = (NeighbourId(to as u32 + 1), 30 * SECOND);
+            self.rigs[from].apply(Event::NeighbourCame { neighbour, lease_ns });
         }
     }
 
@@ -69,9 +74,9 @@ impl Node {
                     let to = neighbour.0 as usize - 1;
                     self.rigs[to].apply(Event::Release { session: session_of(from), lease });
                 }
-                Action::SayDamaged { neighbour, key } => {
+                Action::SayDamaged { neighbour, key, offset } => {
                     let to = neighbour.0 as usize - 1;
-                    self.rigs[to].apply(Event::Damaged { session: session_of(from), key });
+                    self.rigs[to].apply(Event::Damaged { session: session_of(from), key, offset });
                 }
                 other => panic!("nobody asked: {other:?}"),
             }
@@ -261,6 +266,69 @@ fn what_is_borrowed_for_long_is_renewed() {
     node.pass(40 * SECOND);
     assert_eq!(node.rigs[1].core.counters().leases, 0, "its own ran out");
     assert_eq!(node.rigs[0].core.counters().leases, 0);
+}
+
+#[test]
+fn what_is_borrowed_is_not_written_to_our_ssd() {
+    let slow = SsdLimits { puts_max: 1, ..super::ssd::limits(CacheMode::WriteBack) };
+    let mut node = Node::of(vec![Rig::new(16), Rig::with(4, Some(slow))]);
+    let engine = node.rigs[1].engine("e", &tenant(1), "m");
+    node.rigs[1].save(&engine, None, 0..3);
+    node.rigs[1].copied();
+    assert_eq!(node.rigs[1].puts.len(), 1, "two are waiting");
+    // They leave the pool before their turn comes, and one of them is borrowed.
+    saved(&mut node, 0, 1..3);
+    node.rigs[1].save(&engine, None, 10..13);
+    node.rigs[1].copied();
+    let (lease, blocks) = node.lease(1, &engine, 1..3);
+    assert_eq!((blocks, node.rigs[1].core.counters().neighbour_blocks_here), (2, 2));
+    while !node.rigs[1].puts.is_empty() {
+        node.rigs[1].put(PutEnding::Stored);
+    }
+    let mut written: Vec<_> = node.rigs[1].disk.values().map(|record| record.hash).collect();
+    written.sort_unstable();
+    assert_eq!(written, [0, 10, 11, 12].map(hash));
+    node.rigs[1].apply(Event::Release { session: engine.scheduler, lease });
+    node.settle();
+}
+
+#[test]
+fn a_durable_save_of_what_is_borrowed_is_stored_here() {
+    let through = super::ssd::limits(CacheMode::WriteThrough);
+    let mut node = Node::of(vec![Rig::new(16), Rig::with(16, Some(through))]);
+    saved(&mut node, 0, 0..2);
+    let engine = node.rigs[1].engine("e", &tenant(1), "m");
+    let (lease, blocks) = node.lease(1, &engine, 0..2);
+    assert_eq!(blocks, 2);
+    let save = node.rigs[1].save(&engine, None, 0..2);
+    node.rigs[1].copied();
+    assert!(node.rigs[1].done.iter().all(|done| done.1 != save), "not before it is on the disk");
+    node.rigs[1].put_all();
+    assert_eq!(node.rigs[1].last(), (save, Outcome::Done, true, 2));
+    assert_eq!(node.rigs[1].disk.len(), 2);
+    node.rigs[1].apply(Event::Release { session: engine.scheduler, lease });
+    node.settle();
+    assert_eq!(node.rigs[0].core.counters().pinned_bytes, 0);
+}
+
+#[test]
+fn a_complaint_about_another_place_costs_nothing() {
+    let mut node = Node::new(2, 16);
+    let engine = saved(&mut node, 0, 0..1);
+    let key = crate::key::BlockKey::new(&tenant(1).key, engine.space, 0, &hash(0)).bytes();
+    node.rigs[0].apply(Event::Damaged { session: session_of(1), key, offset: RECORD });
+    assert_eq!(node.lease(0, &engine, 0..1).1, 1);
+    node.rigs[0].apply(Event::Damaged { session: session_of(1), key, offset: 0 });
+    assert_eq!(node.lease(0, &engine, 0..1).1, 0);
+}
+
+#[test]
+fn our_own_engines_come_before_those_of_others() {
+    let mut node = Node::new(2, 4);
+    let engine = saved(&mut node, 0, 0..4);
+    let other = node.rigs[1].engine("other", &tenant(1), "m");
+    assert_eq!(node.lease(1, &other, 0..4).1, 2, "half of what may be pinned");
+    assert_eq!(node.lease(0, &engine, 0..4).1, 4);
 }
 
 #[derive(Debug, Clone)]

@@ -5,7 +5,7 @@ use crate::event::{TIER_HOST, TIER_SSD};
 
 const MS: u64 = 1_000_000;
 
-fn limits(mode: CacheMode) -> SsdLimits {
+pub(super) fn limits(mode: CacheMode) -> SsdLimits {
     SsdLimits {
         mode,
         wait_ns: 200 * MS,
