@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use pillion_protocol::{Frames, MAJOR, MINOR, Message, wire};
+use pillion_protocol::{FrameError, Frames, MAJOR, MINOR, Message, wire};
 use pillion_shm::{
     fds::{self, Received},
     pidfd::{self, Peer, Process},
@@ -364,17 +364,20 @@ impl Connection {
     }
 
     fn next(&mut self) -> Result<Option<(Message, VecDeque<OwnedFd>)>, String> {
-        match self.frames.next_frame() {
-            None => Ok(None),
-            Some(Err(error)) => Err(format!("the sidecar sent what is no frame: {error}")),
-            Some(Ok(frame)) => {
-                let count = usize::from(frame.fds);
-                if self.fds.len() < count {
-                    return Err(format!("expected {count} file descriptors, got {}", self.fds.len()));
-                }
-                Ok(Some((frame.message, self.fds.drain(..count).collect())))
+        let frame = loop {
+            match self.frames.next_frame() {
+                None => return Ok(None),
+                // Of a newer sidecar of the same major version: what is appended may be ignored.
+                Some(Err(FrameError::UnknownKind(_))) => {}
+                Some(Err(error)) => return Err(format!("the sidecar sent what is no frame: {error}")),
+                Some(Ok(frame)) => break frame,
             }
+        };
+        let count = usize::from(frame.fds);
+        if self.fds.len() < count {
+            return Err(format!("expected {count} file descriptors, got {}", self.fds.len()));
         }
+        Ok(Some((frame.message, self.fds.drain(..count).collect())))
     }
 }
 
