@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import vllm
@@ -200,8 +201,8 @@ class Engine:
 
         self.workers = []
         for rank in range(world):
-            setattr(support, "tensor_parallel_rank", lambda _world, rank=rank: rank)  # noqa: B010
-            worker = PillionConnector(self.config, KVConnectorRole.WORKER, kv_config)
+            with mock.patch.object(support, "tensor_parallel_rank", lambda _world, rank=rank: rank):
+                worker = PillionConnector(self.config, KVConnectorRole.WORKER, kv_config)
             tensors = make_tensors if groups == FULL else make_groups_tensors
             worker.register_kv_caches(tensors(kv_config))
             self.workers.append(worker)

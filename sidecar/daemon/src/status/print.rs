@@ -53,9 +53,13 @@ fn sessions(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> {
         writeln!(out, "  {}", session_line(session))?;
         let groups = session.registration.iter().flat_map(|memory| &memory.groups);
         groups.enumerate().try_for_each(|(index, group)| {
-            let (kind, shard, tokens) = (safe(&group.kind), safe(&group.shard), safe(&group.block_tokens));
             let bytes = approximate(group.block_bytes);
-            writeln!(out, "    group {index}: {kind}; shard {shard}, blocks of {tokens} tokens, {bytes}")
+            // A client that is no engine of ours may name its namespace as it likes.
+            let said =
+                [("", &group.kind), ("shard ", &group.shard), ("tokens a block ", &group.block_tokens)];
+            let said = said.into_iter().filter(|(_, text)| !text.is_empty());
+            let said: String = said.map(|(what, text)| format!("{what}{}; ", safe(text))).collect();
+            writeln!(out, "    group {index}: {said}blocks of {bytes}")
         })?;
     }
     if report.refused.is_empty() {

@@ -110,7 +110,7 @@ pillion 0.1.0, serving cpu0
 sessions      2
   scheduler pid 77 uid 1000 tenant default engine e\u{fffd}[31m1, for 0s, 0 jobs running
   worker    pid 78 uid 1000 tenant default engine e1, for 1d 1h, 1 jobs running; memfd LBHNC, 512 blocks, canary compared; REFUSED, runs uncached: layout\u{fffd}
-    group 0: FullAttentionSpec window=None; shard 1/2, blocks of 32 tokens, 4.0 KiB
+    group 0: FullAttentionSpec window=None; shard 1/2; tokens a block 32; blocks of 4.0 KiB
 refused of late
   1m 1s ago: worker pid 79 uid 1001: expected a user that may attach, came uid 1001
 leases        2 held; 10 granted, 0 empty, 0 refused, 0 expired
