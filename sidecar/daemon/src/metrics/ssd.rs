@@ -63,7 +63,7 @@ pub(super) struct SsdMetrics {
 impl SsdMetrics {
     pub(super) fn new(r: &mut Registry) -> Self {
         let counters = Counter::<u64>::default;
-        let help = "Lease requests that waited for the SSD: granted whole, or cut_short after ssd_wait_ms";
+        let help = "Lease requests that waited for the SSD or a neighbour: granted whole, or cut_short after their wait";
         let waits = PerLabel::register(r, "lease_waits", help, None, counters);
         let help = "Blocks on the SSD whose tenant has not attached since the start";
         let hidden = plain(r, "ssd_hidden_records", help, None);
