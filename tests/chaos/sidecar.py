@@ -76,11 +76,14 @@ class Sidecar:
         # Other users must get through to the runtime folder, whose own mode the sidecar decides.
         self.place.chmod(0o711)
         self.process: subprocess.Popen[bytes] | None = None
+        self.siblings: list[Sidecar] | None = []
 
     def sibling(self, device: str) -> Self:
-        """Another device's, in the same folders; whoever starts it."""
+        """Another device's, in the same folders; whoever starts it. Ends with this one, if not before."""
+        assert self.siblings is not None, "a sibling has none"
         other = copy.copy(self)
-        other.device, other.process = device, None
+        other.device, other.process, other.siblings = device, None, None
+        self.siblings.append(other)
         other.socket = self.runtime / f"{device}.sock"
         other.flags = {**self.flags, "device": device}
         return other
@@ -214,7 +217,9 @@ class Sidecar:
         return self.process.wait(seconds)
 
     def close(self) -> None:
-        """Kills what is left, and clears the place."""
+        """Kills what is left, and clears the place, which is the first one's: its siblings' pids are in it."""
+        for sibling in self.siblings or ():
+            sibling.close()
         pids = []
         for name in (f"{self.device}.supervisor.pid", f"{self.device}.pid"):
             try:
@@ -229,4 +234,5 @@ class Sidecar:
             with suppress(OSError):
                 if not ended(pid) and "pillion" in Path(f"/proc/{pid}/comm").read_text():
                     os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.place, ignore_errors=True)
+        if self.siblings is not None:
+            shutil.rmtree(self.place, ignore_errors=True)
