@@ -14,12 +14,18 @@ from chaos.sidecar import Sidecar, until
 from chaos.wire import Raw
 
 
-def pair(world: World, **flags: Any) -> tuple[Sidecar, Sidecar]:
-    """Two sidecars in one runtime folder."""
-    first = world.sidecar(device="cpu0", **flags)
+def start_second(world: World, first: Sidecar) -> Sidecar:
+    """Another device's sidecar in the first one's runtime folder."""
     second = first.sibling("cpu1")
     world.sidecars.append(second)
     second.start()
+    return second
+
+
+def pair(world: World, **flags: Any) -> tuple[Sidecar, Sidecar]:
+    """Two sidecars in one runtime folder."""
+    first = world.sidecar(device="cpu0", **flags)
+    second = start_second(world, first)
     return first, second
 
 
@@ -50,9 +56,7 @@ def test_what_a_neighbour_has_is_loaded_and_stored_once(world: World) -> None:
 def test_an_engine_that_came_first_learns_of_neighbours_later(world: World) -> None:
     first = world.sidecar(device="cpu0")
     early = world.engine(first, "early")
-    second = first.sibling("cpu1")
-    world.sidecars.append(second)
-    second.start()
+    second = start_second(world, first)
     meet(first, second)
     prompt = chain("a", 8)
     world.engine(second, "writer").must_save(prompt)

@@ -24,7 +24,7 @@ from e2e.prompts import (
     SHORT,
     Prompt,
 )
-from e2e.world import MARGIN, Checker, World
+from e2e.world import MARGIN, Checker, World, fill, loaded
 
 STEP_TOKENS = 256
 """Longer prompts are computed in pieces."""
@@ -40,19 +40,6 @@ def engine(world: World, identical: Checker, sidecar: Sidecar) -> Iterator[Engin
     engine = world.engine("first", sidecar, max_num_batched_tokens=STEP_TOKENS)
     yield engine
     engine.stop()
-
-
-def loaded(answers: Sequence[Answer]) -> list[int]:
-    return [answer.loaded for answer in answers]
-
-
-def fill(engine: Engine, prompts: Sequence[Prompt]) -> list[Answer]:
-    """Answers to prompts that are new to everyone; returns once Pillion has them and vLLM's cache is empty."""
-    answers = engine.ask_all(prompts)
-    assert loaded(answers) == [0] * len(answers)
-    engine.quiet()
-    engine.forget()
-    return answers
 
 
 def one_by_one(engine: Engine, prompts: Sequence[Prompt]) -> list[Answer]:

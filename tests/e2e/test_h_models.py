@@ -7,7 +7,7 @@ for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,9 +27,8 @@ from e2e.prompts import (
     KINDS_SHARED,
     KINDS_SHARING,
     KINDS_TIGHT,
-    Prompt,
 )
-from e2e.world import FAMILIES, MARGIN, Checker, World
+from e2e.world import FAMILIES, MARGIN, Checker, World, fill, loaded
 
 STEP_TOKENS = 256
 """Longer prompts are computed in pieces."""
@@ -113,19 +112,6 @@ def second(
     )
     yield second
     second.stop()
-
-
-def loaded(answers: Sequence[Answer]) -> list[int]:
-    return [answer.loaded for answer in answers]
-
-
-def fill(engine: Engine, prompts: Sequence[Prompt]) -> list[Answer]:
-    """Answers to prompts that are new to everyone; returns once Pillion has them and vLLM's cache is empty."""
-    answers = engine.ask_all(prompts)
-    assert loaded(answers) == [0] * len(answers)
-    engine.quiet()
-    engine.forget()
-    return answers
 
 
 def test_every_choice_of_the_reference_has_a_margin(references: dict[str, Answer]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +149,16 @@ class Checker:
                 engine.forget()
             answers.append(answer)
         return answers
+
+
+def loaded(answers: Sequence[Answer]) -> list[int]:
+    return [answer.loaded for answer in answers]
+
+
+def fill(engine: Engine, prompts: Sequence[Prompt]) -> list[Answer]:
+    """Answers to prompts that are new to everyone; returns once Pillion has them and vLLM's cache is empty."""
+    answers = engine.ask_all(prompts)
+    assert loaded(answers) == [0] * len(answers), f"expected new prompts, loaded {loaded(answers)} tokens"
+    engine.quiet()
+    engine.forget()
+    return answers

@@ -13,7 +13,7 @@ import pytest
 import vllm
 
 from unit.fake_native import FAILED, FakeNative, FakeRanks
-from unit.test_scheduler_flow import ask, fill
+from unit.test_scheduler_flow import ask, defer, fill
 from unit.vllm_groups import KvGroup
 from unit.vllm_harness import Engine, expected, prompt
 
@@ -398,26 +398,10 @@ def test_preemption_forced_by_a_tiny_cache(
 def test_loads_that_vllm_defers(
     native: FakeNative, tmp_path: Path, name: str, abort_after: int | None
 ) -> None:
-    """vLLM 0.33 can plan a load some steps after the promise (it does for HiSparse only; forced here)."""
     tokens = prompt(100)
     fill(native, tmp_path, [tokens], overlap=True, groups=MODELS[name])
     engine = Engine(native, tmp_path / "model", overlap=True, groups=MODELS[name])
-    engine.scheduler.defer_async_loads = True
-    engine.add("busy", prompt(70, 5), 30)
-    for _ in range(3):
-        engine.step()
-    engine.add("a", tokens)
-    if abort_after is None:
-        engine.run()
-        assert engine.outputs["a"] == expected(tokens, 4)
-        assert engine.params["a"]["pillion"]["loaded_tokens"] == 96
-    else:
-        for _ in range(abort_after):
-            engine.step()
-        engine.abort("a")
-        engine.run()
-    assert engine.outputs["busy"] == expected(prompt(70, 5), 30)
-    engine.assert_clean()
+    defer(engine, tokens, abort_after)
 
 
 @EVERY

@@ -12,8 +12,8 @@ from pillion.vllm.hits import FULL, STATE, WINDOW, Group, Hits
 from pillion.vllm.ranks import Ranks
 from unit.fake_native import FakeNative, FakeRanks
 from unit.test_group_flow import MODELS
-from unit.test_scheduler_random import disturb
-from unit.vllm_harness import Engine, expected
+from unit.test_scheduler_random import disturb, finish
+from unit.vllm_harness import Engine
 
 STEPS = 200
 
@@ -36,15 +36,7 @@ def walk(natives: Any, tmp_path: Path, seed: int, sparse: bool = True, **options
             group = rng.randrange(len(engine.groups))
             engine.native.lease_short[group] = [rng.randint(0, 3)]
         engine.step()
-    for native in engine.natives:
-        native.attached, native.load_outcome, native.save_outcome = True, 1, 1
-        native.grant_after_polls = 0
-        native.quiesce_all()
-    engine.run(steps=100_000)
-    for name, (tokens, count) in live.items():
-        assert engine.outputs[name] == expected(tokens, count), name
-    assert engine.held_most <= engine.half.holds.limit
-    engine.assert_clean()
+    finish(engine, live)
 
 
 @pytest.fixture(autouse=True)

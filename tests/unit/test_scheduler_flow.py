@@ -352,12 +352,8 @@ def test_preemption_forced_by_a_tiny_cache(native: FakeNative, tmp_path: Path, o
     engine.assert_clean()
 
 
-@pytest.mark.parametrize("abort_after", [None, 0, 1, 2, 3])
-def test_loads_that_vllm_defers(native: FakeNative, tmp_path: Path, abort_after: int | None) -> None:
+def defer(engine: Engine, tokens: list[int], abort_after: int | None) -> None:
     """vLLM 0.33 can plan a load some steps after the promise (it does for HiSparse only; forced here)."""
-    tokens = prompt(100)
-    fill(native, tmp_path, [tokens], overlap=True)
-    engine = Engine(native, tmp_path / "model", overlap=True)
     engine.scheduler.defer_async_loads = True
     engine.add("busy", prompt(70, 5), 30)
     for _ in range(3):
@@ -374,6 +370,14 @@ def test_loads_that_vllm_defers(native: FakeNative, tmp_path: Path, abort_after:
         engine.run()
     assert engine.outputs["busy"] == expected(prompt(70, 5), 30)
     engine.assert_clean()
+
+
+@pytest.mark.parametrize("abort_after", [None, 0, 1, 2, 3])
+def test_loads_that_vllm_defers(native: FakeNative, tmp_path: Path, abort_after: int | None) -> None:
+    tokens = prompt(100)
+    fill(native, tmp_path, [tokens], overlap=True)
+    engine = Engine(native, tmp_path / "model", overlap=True)
+    defer(engine, tokens, abort_after)
 
 
 # ---- holds
