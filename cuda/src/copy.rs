@@ -43,6 +43,12 @@ pub enum CopyError {
         /// Asked for.
         group: u16,
     },
+    /// The group's records are those of another tensor-parallel size: this engine holds a part of them.
+    #[error("expected a group that this engine can save, got {group}, whose records it only loads")]
+    OnlyLoaded {
+        /// Asked for.
+        group: u16,
+    },
     /// The block id or the record's length do not belong to this engine.
     #[error(
         "expected a block below {blocks} and a record of {record_bytes} bytes, got block {block} and {length} bytes"
@@ -99,6 +105,9 @@ impl BlockCopier {
     /// Where the engine cannot be reached or the block does not exist.
     pub fn save(&self, group: u16, block: u64, record: &mut [u8]) -> Result<u64, CopyError> {
         let route = self.checked(group, block, record.len())?;
+        if !route.plan.is_whole() {
+            return Err(CopyError::OnlyLoaded { group });
+        }
         let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
         route.batches(block, |batch, from, to| {
             self.memory.read(batch, record)?;
@@ -108,7 +117,7 @@ impl BlockCopier {
         Ok(digest.finalize())
     }
 
-    /// Copies `record` into a block of a group.
+    /// Copies `record`, or the part of it that the engine holds, into a block of a group.
     ///
     /// # Errors
     /// [`CopyError::Corrupt`] when the record's bytes are not those of `checksum`: the block then
@@ -116,15 +125,21 @@ impl BlockCopier {
     pub fn load(&self, group: u16, block: u64, record: &[u8], checksum: u64) -> Result<(), CopyError> {
         let route = self.checked(group, block, record.len())?;
         let mut digest = Digest::new(CrcAlgorithm::Crc64Nvme);
+        let is_right = |found: u64| match found == checksum {
+            true => Ok(()),
+            false => Err(CopyError::Corrupt { expected: checksum, found }),
+        };
+        if !route.plan.is_whole() {
+            // The checksum is that of the record, so all of it is looked at before a part is used.
+            digest.update(record);
+            is_right(digest.finalize())?;
+            return route.batches(block, |batch, _, _| self.memory.write(batch, record));
+        }
         route.batches(block, |batch, from, to| {
             digest.update(&record[from..to]);
             self.memory.write(batch, record)
         })?;
-        let found = digest.finalize();
-        if found != checksum {
-            return Err(CopyError::Corrupt { expected: checksum, found });
-        }
-        Ok(())
+        is_right(digest.finalize())
     }
 
     fn route(&self, group: u16) -> Result<&Route, CopyError> {
@@ -147,7 +162,7 @@ impl BlockCopier {
 }
 
 impl Route {
-    /// Calls `each` with batches of about one span that cover the record without gaps, in order.
+    /// Calls `each` with batches of about one span, in order. Those of a whole record cover it without gaps.
     fn batches(
         &self,
         block: u64,

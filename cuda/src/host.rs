@@ -273,6 +273,70 @@ mod tests {
         assert!(matches!(copier.save(1 - group, 0, record), Err(CopyError::Shape { .. })));
     }
 
+    /// A rank with one of two heads, and records of an engine that has both.
+    #[test]
+    fn a_part_of_a_record_is_loaded_only_if_all_of_it_is_right() {
+        let (page, blocks) = (32 * 512u64, 4u64);
+        let worker = |rank: u32| Worker {
+            order: "LBHNC".into(),
+            num_blocks: blocks,
+            memory_bytes: 2 * blocks * page,
+            rank,
+            world: 2,
+            groups: vec![Group {
+                block_tokens: 32,
+                pages: vec![Pages {
+                    tensor: KvCacheTensor {
+                        size: 2 * blocks * page,
+                        offset: 0,
+                        layer_stride: blocks * page,
+                        block_stride: page,
+                        layers: vec!["0".into(), "1".into()],
+                    },
+                    heads: 1,
+                    states: 32,
+                    content_bytes: 512,
+                    page_bytes: page,
+                    kernel_blocks: 1,
+                    packing: "kv total_heads=2 key=256 value=256 dtype=float32".parse().unwrap(),
+                }],
+            }],
+        };
+        // [layers, heads, states, bytes]
+        let mut record = pattern(4 * page);
+        let checksum = crc_fast::checksum(CrcAlgorithm::Crc64Nvme, &record);
+        for rank in 0..2 {
+            let own = worker(rank).check().unwrap().remove(0);
+            let other = own.other_shard(pillion_layouts::Rank { index: 0, size: 1 }).unwrap();
+            let memfd = Memfd::create("engine", 2 * blocks * page).unwrap();
+            let engine = memfd.map(Access::ReadWrite).unwrap();
+            // SAFETY: the mapping is that long; the copier writes it between looks, on this thread.
+            let look =
+                || unsafe { std::slice::from_raw_parts(engine.as_ptr(), (2 * blocks * page) as usize) };
+            let memory = MemfdMemory::new(memfd.map(Access::ReadWrite).unwrap());
+            let copier = BlockCopier::new(Arc::new(memory), vec![own.plan().clone(), other.plan().clone()]);
+            assert_eq!(copier.record_bytes(1), Ok(4 * page));
+            // Right or wrong, in the part that is loaded and outside of it.
+            for at in [0, page, 2 * page, 3 * page].map(|at| at as usize + 5) {
+                record[at] ^= 1;
+                let wrong = copier.load(1, 2, &record, checksum);
+                assert!(matches!(wrong, Err(CopyError::Corrupt { .. })), "{wrong:?}");
+                record[at] ^= 1;
+                assert!(look().iter().all(|byte| *byte == 0), "nothing is written before it is proved");
+            }
+            copier.load(1, 2, &record, checksum).unwrap();
+            for (layer, block) in [(0, 2), (1, 2)] {
+                let at = ((layer * blocks + block) * page) as usize;
+                let from = ((2 * layer + u64::from(rank)) * page) as usize;
+                assert_eq!(look()[at..at + page as usize], record[from..from + page as usize]);
+            }
+            let written = look().chunks(page as usize).filter(|page| page.iter().any(|byte| *byte != 0));
+            assert_eq!(written.count(), 2, "no other block is touched");
+            let saved = copier.save(1, 2, &mut record.clone());
+            assert_eq!(saved, Err(CopyError::OnlyLoaded { group: 1 }));
+        }
+    }
+
     use crc_fast::CrcAlgorithm;
 
     #[test]

@@ -290,7 +290,10 @@ impl Lane {
         match self.direction {
             Direction::Out => {
                 for item in &items[range] {
-                    let (_, extent) = self.checked(item)?;
+                    let (plan, extent) = self.checked(item)?;
+                    if !plan.is_whole() {
+                        return Err(CopyError::OnlyLoaded { group: item.group });
+                    }
                     self.pieces(item, Place::Pool(extent), &mut pieces)?;
                 }
             }

@@ -98,6 +98,9 @@ class WorkerClient:
     # Before a registration: says where the KV memory lies and what is in it. ValueError with the reason where that is
     # not served or contradicts itself.
     # layout: physical order, one of LBNHC, LBHNC, LHBNC, BLHNC, BLNHC, BHLNC.
+    # others: (group, shard, shards) of the shards, counted from 0, that ranks of other tensor-parallel sizes store and of
+    # which this rank holds heads. Their blocks can be loaded and not saved; to jobs they are further groups, in this
+    # order, whose namespaces are the group's with another `shard` ("2/4" is shard 1 of 4).
     # memfd: borrowed (duplicated inside); -1: process_vm on this process, where the allocation is at `base`.
     # cuda: `base` is a device address; the client exports the memory itself (legacy IPC, else VMM). The memory's
     # context must be current.
@@ -110,6 +113,7 @@ class WorkerClient:
         rank: int,
         world: int,
         groups: Sequence[Group],
+        others: Sequence[tuple[int, int, int]] = (),
         memfd: int = -1,
         base: int = 0,
         cuda: bool = False,

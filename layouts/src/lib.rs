@@ -74,4 +74,6 @@ pub use refusal::Refusal;
 pub use shape::{Dim, Dtype, Order, Sharding};
 pub use shard::{Extent, Part, Piece, Shard};
 pub use transfer::{Plan, Run, ShardCopy, plan_between};
-pub use worker::{CheckedGroup, FORMAT_BYTES_MAX, GROUPS_MAX, LAYERS_MAX, NAME_BYTES_MAX, Worker};
+pub use worker::{
+    CheckedGroup, FORMAT_BYTES_MAX, GROUPS_MAX, LAYERS_MAX, NAME_BYTES_MAX, OtherShard, Worker,
+};

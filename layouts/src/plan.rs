@@ -1,5 +1,6 @@
 //! The runs between the blocks of one engine and their records.
 
+use crate::content::Rank;
 use crate::refusal::Refusal;
 use crate::shard::Shard;
 use crate::transfer::plan_between;
@@ -79,25 +80,37 @@ enum Steps {
 }
 
 /// How any block of an engine and its record correspond, in both directions: the contiguous runs of
-/// block 0, in record order, and how far each moves from block to block. They cover the record once.
+/// block 0, in record order, and how far each moves from block to block. They cover the record once,
+/// or the part of it that the engine holds ([`BlockPlan::of_part`]).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BlockPlan {
     runs: Vec<Segment>,
     steps: Steps,
     num_blocks: u64,
     record_bytes: u64,
+    /// Whether the runs cover the record.
+    whole: bool,
 }
 
 impl BlockPlan {
     /// The plan between a shard's blocks and their records (see [`Shard::record`]).
     pub fn new(shard: &Shard) -> Result<BlockPlan, Refusal> {
+        let record = shard.record()?;
+        Self::between(shard, &record, record.block_bytes())
+    }
+
+    /// The plan between a shard's blocks and another rank's records, of which it holds some heads.
+    pub fn of_part(shard: &Shard, rank: Rank, record: &Shard) -> Result<BlockPlan, Refusal> {
+        Self::between(shard, &record.held_by(rank)?, record.block_bytes())
+    }
+
+    /// `part` lies in a record of so many bytes.
+    fn between(shard: &Shard, part: &Shard, record_bytes: u64) -> Result<BlockPlan, Refusal> {
         let too_much = |what, limit, got| Refusal::TooMuch { what, limit, got };
-        let record_bytes = shard.block_bytes();
         if record_bytes > RECORD_BYTES_MAX {
             return Err(too_much("bytes of a block", RECORD_BYTES_MAX, record_bytes));
         }
-        let record = shard.record()?;
-        let plan = plan_between(std::slice::from_ref(shard), std::slice::from_ref(&record))?;
+        let plan = plan_between(std::slice::from_ref(shard), std::slice::from_ref(part))?;
         let count = plan.copies().iter().fold(0u64, |all, shard| all.saturating_add(shard.copy.runs()));
         if count > RUNS_MAX {
             return Err(too_much("contiguous runs of a block", RUNS_MAX, count));
@@ -134,7 +147,8 @@ impl BlockPlan {
         let first = steps.first().copied().unwrap_or(0);
         let even = steps.iter().all(|step| *step == first);
         let steps = if even { Steps::Even(first) } else { Steps::Each(steps) };
-        BlockPlan { runs: whole, steps, num_blocks, record_bytes }
+        let covered: u64 = whole.iter().map(|run| run.len).sum();
+        BlockPlan { runs: whole, steps, num_blocks, record_bytes, whole: covered == record_bytes }
     }
 
     /// The same with runs of at most `len` bytes.
@@ -158,7 +172,7 @@ impl BlockPlan {
             Steps::Even(step) => Steps::Even(step),
             Steps::Each(_) => Steps::Each(steps),
         };
-        BlockPlan { runs, steps, num_blocks: self.num_blocks, record_bytes: self.record_bytes }
+        BlockPlan { runs, steps, ..*self }
     }
 
     /// Runs of a block.
@@ -180,6 +194,11 @@ impl BlockPlan {
     /// Bytes of a record.
     pub fn record_bytes(&self) -> u64 {
         self.record_bytes
+    }
+
+    /// Whether the runs cover the record, and not only a part of it.
+    pub fn is_whole(&self) -> bool {
+        self.whole
     }
 
     /// The contiguous runs of a block, as long as they can be, in record order.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use crate::content::BlockContent;
+use crate::content::{BlockContent, Rank};
 use crate::disjoint::{Comb, disjoint};
 use crate::refusal::Refusal;
 use crate::shape::Dim;
@@ -166,6 +166,16 @@ impl Shard {
         Shard::record_of(self.content.clone(), self.pieces.iter().map(|piece| piece.part.clone()).collect())
     }
 
+    /// The stored form of what a rank of some tensor-parallel size holds of the same layers.
+    pub fn record_of_rank(&self, rank: Rank) -> Result<Shard, Refusal> {
+        let part = |piece: &Piece| {
+            let heads = self.content.planes()[piece.part.plane].heads_of(rank)?;
+            Ok(Part { heads, ..piece.part.clone() })
+        };
+        let parts = self.pieces.iter().map(part).collect::<Result<_, _>>()?;
+        Shard::record_of(self.content.clone(), parts)
+    }
+
     /// The stored form of some parts. Layers and heads are put in order; parts of one plane with the
     /// same heads become one.
     pub fn record_of(content: BlockContent, parts: Vec<Part>) -> Result<Shard, Refusal> {
@@ -187,6 +197,26 @@ impl Shard {
         }
         pieces.iter_mut().for_each(|piece| piece.blocks = offset);
         Shard::new(content, vec![Extent { start: 0, bytes: offset }], 1, pieces)
+    }
+
+    /// What a rank of some tensor-parallel size holds of this, where it lies here.
+    pub fn held_by(&self, rank: Rank) -> Result<Shard, Refusal> {
+        let mut pieces = Vec::with_capacity(self.pieces.len());
+        for piece in &self.pieces {
+            let (ours, theirs) = (&piece.part.heads, self.content.planes()[piece.part.plane].heads_of(rank)?);
+            let heads = ours.start.max(theirs.start)..ours.end.min(theirs.end);
+            if !heads.is_empty() {
+                let mut piece = piece.clone();
+                piece.offset += u64::from(heads.start - ours.start) * piece.heads;
+                piece.part.heads = heads;
+                pieces.push(piece);
+            }
+        }
+        if pieces.is_empty() {
+            let what = "records of a rank that holds no heads of this one";
+            return Err(Refusal::NotServed { what, why: "there is nothing in them to load" });
+        }
+        Shard::new(self.content.clone(), self.memory.clone(), self.num_blocks, pieces)
     }
 
     /// What is held.

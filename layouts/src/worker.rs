@@ -111,6 +111,35 @@ pub struct CheckedGroup {
     plan: BlockPlan,
     format: String,
     canary: Vec<CanaryPages>,
+    rank: Rank,
+    shard: Shard,
+    /// Layers in the order of the shard's.
+    names: Vec<String>,
+}
+
+/// Records that a rank of another tensor-parallel size wrote, of which this one holds some heads. They are
+/// loaded and never written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OtherShard {
+    plan: BlockPlan,
+    format: String,
+}
+
+impl OtherShard {
+    /// How this rank's blocks and its part of those records correspond.
+    pub fn plan(&self) -> &BlockPlan {
+        &self.plan
+    }
+
+    /// Bytes of a record.
+    pub fn record_bytes(&self) -> u64 {
+        self.plan.record_bytes()
+    }
+
+    /// See [`CheckedGroup::format`].
+    pub fn format(&self) -> &str {
+        &self.format
+    }
 }
 
 impl CheckedGroup {
@@ -134,7 +163,16 @@ impl CheckedGroup {
         if expected != got {
             return Err(Refusal::Inconsistent { what: "bytes of a record", expected, got });
         }
-        Ok(CheckedGroup { plan, format: format_of(&shard, group)?, canary })
+        let names: Vec<String> = group.pages.iter().flat_map(|pages| &pages.tensor.layers).cloned().collect();
+        let format = format_of(&shard.record()?, &names)?;
+        Ok(CheckedGroup { plan, format, canary, rank: pool.rank, shard, names })
+    }
+
+    /// The records of another tensor-parallel size's rank, where it holds heads that this one holds, too.
+    pub fn other_shard(&self, of: Rank) -> Result<OtherShard, Refusal> {
+        let record = self.shard.record_of_rank(of)?;
+        let plan = BlockPlan::of_part(&self.shard, self.rank, &record)?;
+        Ok(OtherShard { plan, format: format_of(&record, &self.names)? })
     }
 
     /// How its blocks and their records correspond.
@@ -325,10 +363,10 @@ impl CanaryPages {
 }
 
 /// See [`CheckedGroup::format`].
-fn format_of(shard: &Shard, group: &Group) -> Result<String, Refusal> {
-    let mut out = format!("pillion-record/2 block_tokens={}", shard.content().block_tokens());
-    for piece in shard.record()?.pieces() {
-        let plane = &shard.content().planes()[piece.part.plane];
+fn format_of(record: &Shard, names: &[String]) -> Result<String, Refusal> {
+    let mut out = format!("pillion-record/2 block_tokens={}", record.content().block_tokens());
+    for piece in record.pieces() {
+        let plane = &record.content().planes()[piece.part.plane];
         let heads = &piece.part.heads;
         // Writing to a string does not fail.
         let _ = write!(
@@ -353,7 +391,7 @@ fn format_of(shard: &Shard, group: &Group) -> Result<String, Refusal> {
         out.push(']');
     }
     out.push_str(" names=[");
-    for name in group.pages.iter().flat_map(|pages| &pages.tensor.layers) {
+    for name in names {
         for c in name.chars() {
             match c {
                 // Escaped so that two lists of names never give one text.

@@ -14,7 +14,7 @@ mod worker;
 
 pub use link::Options;
 pub use places::default_socket;
-pub use registration::{DeviceMemory, Memory, Registration, RegistrationError};
+pub use registration::{DeviceMemory, Memory, Other, Registration, RegistrationError};
 pub use scheduler::{Grant, SchedulerClient};
 pub use status::fetch_status;
 pub use worker::{JobEvent, LoadJob, LoadRun, SaveJob, SaveRun, WorkerClient};

@@ -9,7 +9,7 @@ use std::{
 };
 
 use pillion_cuda_driver::{self as cuda, CudaError, Exported, ExportedHandle};
-use pillion_layouts::{BlockPlan, CheckedGroup, Worker, vllm::groups::Pages};
+use pillion_layouts::{BlockPlan, CheckedGroup, Rank, Worker, vllm::groups::Pages};
 use pillion_protocol::wire;
 use pillion_shm::{Memfd, Seal};
 
@@ -45,10 +45,23 @@ impl DeviceMemory {
     }
 }
 
+/// A shard that ranks of another tensor-parallel size store, and that holds heads of this rank: its blocks can be
+/// loaded, never saved. Its namespace is the group's with another `shard`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Other {
+    /// Index of the group.
+    pub group: u32,
+    /// Which shard, from 0.
+    pub shard: u32,
+    /// Of how many.
+    pub shards: u32,
+}
+
 /// Everything the sidecar must know to move blocks.
 #[derive(Debug)]
 pub struct Registration {
     worker: Worker,
+    others: Vec<Other>,
     groups: Vec<CheckedGroup>,
     memory: Memory,
     /// Groups whose canary was where it should be.
@@ -107,10 +120,15 @@ impl Registration {
     ///
     /// # Errors
     /// Where a layout is not covered (I10).
-    pub fn new(worker: Worker, memory: Memory) -> Result<Self, RegistrationError> {
+    pub fn new(worker: Worker, others: Vec<Other>, memory: Memory) -> Result<Self, RegistrationError> {
         let groups = worker.check()?;
+        for Other { group, shard, shards } in &others {
+            let (group, groups_len) = (*group as usize, groups.len());
+            let of = groups.get(group).ok_or(RegistrationError::Group { groups: groups_len, group })?;
+            of.other_shard(Rank { index: *shard, size: *shards })?;
+        }
         let proved = vec![false; groups.len()];
-        Ok(Self { worker, groups, memory, proved, canary: None })
+        Ok(Self { worker, others, groups, memory, proved, canary: None })
     }
 
     /// Reads block 0 by a group's declared layout and compares it with the canary that the engine's own indexing has
@@ -192,6 +210,7 @@ impl Registration {
             Memory::Device(memory) => Some(memory),
             _ => None,
         };
+        let others = |of: fn(&Other) -> u32| Some(self.others.iter().map(of).collect());
         wire::Register {
             request,
             layout: order.clone(),
@@ -230,6 +249,9 @@ impl Registration {
             allocation_bytes: device.map_or(0, |memory| memory.exported.allocation_bytes),
             allocation_offset: device.map_or(0, |memory| memory.exported.offset),
             events: device.map(|_| events.to_vec()),
+            other_groups: others(|other| other.group),
+            other_shards: others(|other| other.shard),
+            other_counts: others(|other| other.shards),
         }
     }
 

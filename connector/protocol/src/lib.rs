@@ -9,7 +9,7 @@ pub use message::{Kind, Message};
 /// Protocol version spoken by this build. Peers of another major version are refused.
 pub const MAJOR: u16 = 2;
 /// Raised when a field or message is appended that older peers may ignore.
-pub const MINOR: u16 = 0;
+pub const MINOR: u16 = 1;
 
 /// Bytes of one engine block hash (sha256).
 pub const HASH_BYTES: usize = 32;
@@ -17,6 +17,8 @@ pub const HASH_BYTES: usize = 32;
 pub const ID_BYTES: usize = 16;
 /// Blocks that one lease or job may name.
 pub const MAX_BLOCKS: usize = 65_536;
+/// Shards of other tensor-parallel sizes that one worker may load parts of.
+pub const MAX_OTHER_SHARDS: usize = 1024;
 /// Runs of blocks that one lease or job may have.
 pub const MAX_RUNS: usize = 1024;
 /// Bytes of one run's parent in a save: whether there is one, and its hash.

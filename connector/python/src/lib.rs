@@ -12,8 +12,8 @@ use std::{
 };
 
 use pillion_client::{
-    DeviceMemory, ForeignStream, JobEvent, LoadJob, LoadRun, Memory, Options, Registration, SaveJob, SaveRun,
-    Worker,
+    DeviceMemory, ForeignStream, JobEvent, LoadJob, LoadRun, Memory, Options, Other, Registration, SaveJob,
+    SaveRun, Worker,
     vllm::{
         KvCacheTensor,
         groups::{Group, Pages},
@@ -320,7 +320,7 @@ impl WorkerClient {
 
     /// Describes the KV memory: a device's, that of a memfd, or this process's own at an address. See
     /// `layouts/src/vllm/grammar.rs` for packings.
-    #[pyo3(signature = (*, layout, num_blocks, memory_bytes, rank, world, groups, memfd = -1, base = 0, cuda = false))]
+    #[pyo3(signature = (*, layout, num_blocks, memory_bytes, rank, world, groups, others = Vec::new(), memfd = -1, base = 0, cuda = false))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of the Python interface")]
     fn describe(
         &self,
@@ -330,6 +330,7 @@ impl WorkerClient {
         rank: u32,
         world: u32,
         groups: Vec<GroupOfWorker>,
+        others: Vec<(u32, u32, u32)>,
         memfd: i32,
         base: u64,
         cuda: bool,
@@ -337,7 +338,9 @@ impl WorkerClient {
         let groups = groups.into_iter().map(group_of).collect::<PyResult<_>>()?;
         let worker = Worker { order: layout, num_blocks, memory_bytes, rank, world, groups };
         let memory = memory(memory_bytes, memfd, base, cuda)?;
-        *self.described() = Some(Registration::new(worker, memory).map_err(wrong)?);
+        let other = |(group, shard, shards)| Other { group, shard, shards };
+        let others = others.into_iter().map(other).collect();
+        *self.described() = Some(Registration::new(worker, others, memory).map_err(wrong)?);
         Ok(())
     }
 

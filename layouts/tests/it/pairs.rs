@@ -5,7 +5,7 @@ use crate::worlds::{Engine, Row, Setup, What, World};
 use pillion_layouts::blade_kvt::Shape;
 use pillion_layouts::sglang::PoolOrder;
 use pillion_layouts::tensorrt_llm::PageOrder;
-use pillion_layouts::{Order, Plan, Rank, Role, plan_between};
+use pillion_layouts::{BlockPlan, Order, Plan, Plane, Rank, Role, Segment, plan_between};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
@@ -168,6 +168,68 @@ proptest! {
         }
         prop_assert_eq!(plan.bytes(), written);
         prop_assert_eq!(plan.runs(src, dst).map(|run| run.len).sum::<u64>(), written);
+    }
+
+    /// What an engine of one tensor-parallel size has stored fills the blocks of another's, whatever both sizes and
+    /// layouts are: each rank takes what it holds from every record that has some of it.
+    #[test]
+    fn records_of_any_ranks_fill_any_others(
+        what in any_what(),
+        (tokens, layers) in (select(vec![1u32, 2, 4]), 1..=4u32),
+        (from, to) in (any_cut(), any_cut()),
+        (src, dst) in (any::<Index>(), any::<Index>()),
+    ) {
+        let cut = |mut cut: Cut| {
+            while !what.allows(cut.ranks) {
+                cut.ranks /= 2;
+            }
+            cut.stages = 1;
+            cut
+        };
+        let (from, to) = (cut(from), cut(to));
+        let Some(source) = worlds(&what, tokens, layers, &from) else { return Err(TestCaseError::reject("n/a")) };
+        let Some(target) = worlds(&what, tokens, layers, &to) else { return Err(TestCaseError::reject("n/a")) };
+        let (src, dst) = (
+            src.index(source[0].shard.num_blocks() as usize) as u64,
+            dst.index(target[0].shard.num_blocks() as usize) as u64,
+        );
+        let stored: Vec<Vec<u8>> = source.iter().map(|world| {
+            let (plan, memory) = (BlockPlan::new(&world.shard).expect("covered"), filled(world));
+            let mut record = vec![0; plan.record_bytes() as usize];
+            for Segment { engine, record: to, len } in plan.segments(src) {
+                let (engine, to, len) = (engine as usize, to as usize, len as usize);
+                record[to..to + len].copy_from_slice(&memory[engine..engine + len]);
+            }
+            record
+        }).collect();
+        for (rank, world) in (0..).zip(&target) {
+            let mut after = vec![0xEE; world.bytes as usize];
+            let mut expected = after.clone();
+            let own = Rank { index: rank, size: to.ranks };
+            for (rank, stored) in (0..).zip(&stored) {
+                let record = world.shard.record_of_rank(Rank { index: rank, size: from.ranks }).expect("allowed");
+                prop_assert_eq!(record.block_bytes(), stored.len() as u64);
+                let Ok(plan) = BlockPlan::of_part(&world.shard, own, &record) else {
+                    let shares = |plane: &Plane| {
+                        let theirs = plane.heads_of(Rank { index: rank, size: from.ranks }).expect("allowed");
+                        plane.heads_of(own).expect("allowed").any(|head| theirs.contains(&head))
+                    };
+                    prop_assert!(!record.content().planes().iter().any(shares), "refused where heads are shared");
+                    continue;
+                };
+                let moved: u64 = plan.segments(dst).map(|run| run.len).sum();
+                prop_assert_eq!(plan.is_whole(), moved == plan.record_bytes());
+                for Segment { engine, record: from, len } in plan.segments(dst) {
+                    let (engine, from, len) = (engine as usize, from as usize, len as usize);
+                    after[engine..engine + len].copy_from_slice(&stored[from..from + len]);
+                }
+            }
+            for (row, bytes) in &world.rows {
+                let at = (world.at)(dst, *row);
+                (0..*bytes).for_each(|byte| expected[(at + byte) as usize] = logical(src, *row, byte));
+            }
+            prop_assert!(after == expected, "rank {rank}: {what:?}\n{from:?}\n{to:?}");
+        }
     }
 
     /// A shard's own addresses are the oracle's.

@@ -429,6 +429,71 @@ fn what_a_record_holds_is_its_format() {
     assert_ne!(of('a'), of('b'));
 }
 
+/// A rank of an engine that divides four heads among `world` ranks.
+fn rank_of(rank: u32, world: u32, order: Order, packing: &str) -> Worker {
+    let mut worker = hybrid(order, 2, 3);
+    worker.groups.truncate(1);
+    let pages = &mut worker.groups[0].pages[0];
+    pages.heads = (4 / world).max(1);
+    pages.page_bytes = u64::from(pages.heads) * 4 * 8;
+    pages.packing = packing.parse().expect("a packing");
+    let (layers, page) = (2, pages.page_bytes);
+    let tensor = &mut pages.tensor;
+    tensor.size = layers * 3 * page;
+    (tensor.layer_stride, tensor.block_stride) =
+        if order.is_block_outermost() { (page, layers * page) } else { (3 * page, page) };
+    (worker.rank, worker.world, worker.memory_bytes) = (rank, world, tensor.size);
+    worker
+}
+
+#[test]
+fn another_ranks_records_are_described_as_that_rank_does() {
+    let packings =
+        ["kv total_heads=4 key=4 value=4 dtype=bfloat16", "opaque-heads total_heads=4 format=CPU_ATTN/vec16"];
+    for (packing, (ours, theirs)) in packings.iter().flat_map(|packing| {
+        let sizes = [1u32, 2, 4, 8];
+        sizes.into_iter().flat_map(move |ours| sizes.map(move |theirs| (*packing, (ours, theirs))))
+    }) {
+        for rank in 0..ours {
+            let own = rank_of(rank, ours, Order::Lbhnc, packing).check().expect("served").remove(0);
+            for index in 0..theirs {
+                let writer = rank_of(index, theirs, Order::Blhnc, packing).check();
+                let writer = writer.expect("served").remove(0);
+                // Whose heads overlap: with eight ranks, pairs of them hold the same one.
+                let part = |rank: u32, size: u32| (rank * 8 / size)..((rank + 1) * 8 / size);
+                let heads = |rank, size| {
+                    let part = part(rank, size);
+                    (part.start / 2)..part.end.div_ceil(2)
+                };
+                let (mine, their) = (heads(rank, ours), heads(index, theirs));
+                let common = mine.end.min(their.end).saturating_sub(mine.start.max(their.start));
+                match own.other_shard(Rank { index, size: theirs }) {
+                    Ok(other) => {
+                        assert_eq!(
+                            (other.format(), other.record_bytes()),
+                            (writer.format(), writer.record_bytes())
+                        );
+                        let bytes: u64 = other.plan().segments(1).map(|run| run.len).sum();
+                        assert_eq!(bytes, u64::from(common) * 2 * 4 * 8, "{rank}/{ours} of {index}/{theirs}");
+                        assert_eq!(other.plan() == own.plan(), mine == their);
+                    }
+                    Err(refusal) => {
+                        assert!(matches!(refusal, Refusal::NotServed { .. }), "{refusal}");
+                        assert_eq!(common, 0, "{rank}/{ours} of {index}/{theirs}");
+                    }
+                }
+            }
+        }
+    }
+    let groups = hybrid(Order::Blhnc, 2, 2).check().expect("served");
+    let refusal = groups[1].other_shard(Rank { index: 0, size: 2 }).expect_err("a state is its rank's alone");
+    assert!(matches!(refusal, Refusal::Uneven { .. }), "{refusal}");
+    let refusal = groups[0].other_shard(Rank { index: 0, size: 3 }).expect_err("two heads for three ranks");
+    assert!(matches!(refusal, Refusal::Uneven { .. }), "{refusal}");
+    let refusal = groups[0].other_shard(Rank { index: 2, size: 2 }).expect_err("no such rank");
+    assert!(matches!(refusal, Refusal::Rank { .. }), "{refusal}");
+}
+
 #[test]
 fn what_is_too_much_is_refused() {
     let refused = |change: fn(&mut Worker)| {

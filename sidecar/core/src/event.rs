@@ -47,6 +47,8 @@ pub struct Group {
     pub record_bytes: u64,
     /// Canonical description of a record; only equal ones are exchanged.
     pub format: Arc<str>,
+    /// Records that ranks of another tensor-parallel size wrote: this worker holds a part of them, and cannot save them.
+    pub load_only: bool,
 }
 
 /// Part of a lease: the next hashes are consecutive blocks of one group, granted up to the first that is missing.

@@ -46,7 +46,7 @@ pub struct Tenant {
 }
 
 /// A namespace's readable form: what must agree, sorted by name.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Namespace {
     fields: Vec<(String, String)>,
 }
@@ -74,6 +74,23 @@ impl Namespace {
     /// A field's value.
     pub fn field(&self, name: &str) -> Option<&str> {
         self.fields.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+    }
+
+    /// The same of another shard of its blocks: of the one with this index, of so many. `None` where the namespace
+    /// does not name a shard.
+    pub fn of_shard(&self, index: u32, shards: u32) -> Option<Self> {
+        let mut fields = self.fields.clone();
+        let shard = fields.iter_mut().find(|(name, _)| name == "shard")?;
+        shard.1 = format!("{}/{shards}", u64::from(index) + 1);
+        Some(Self { fields })
+    }
+
+    /// Whether only the shard differs.
+    pub fn is_shard_of(&self, other: &Self) -> bool {
+        let rest = |space: &Self| {
+            space.fields.iter().filter(|(name, _)| name != "shard").cloned().collect::<Vec<_>>()
+        };
+        rest(self) == rest(other)
     }
 
     /// For people: `name=value` lines.
@@ -166,6 +183,14 @@ mod tests {
     #[test]
     fn a_field_that_comes_twice_is_refused() {
         assert_eq!(Namespace::new(vec![("a".into(), "1".into()), ("a".into(), "2".into())]), None);
+    }
+
+    #[test]
+    fn another_shard_is_another_namespace() {
+        let base = namespace(&[("model", "a"), ("shard", "1/2")]);
+        assert_eq!(base.of_shard(0, 2), Some(base.clone()));
+        assert_eq!(base.of_shard(3, 4), Some(namespace(&[("model", "a"), ("shard", "4/4")])));
+        assert_eq!(namespace(&[("model", "a")]).of_shard(0, 2), None);
     }
 
     #[test]

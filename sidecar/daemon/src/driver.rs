@@ -510,7 +510,7 @@ impl Driver {
             live.view.layout = Some(layout);
             live.view.num_blocks = registration.num_blocks;
             live.view.record_bytes.clone_from(&record_bytes);
-            live.view.groups = registration.groups.iter().map(GroupStatus::of).collect();
+            live.view.groups = GroupStatus::of_all(&registration.groups);
             live.view.canary = Some(canary);
             live.view.refused = None;
             live.mover = Some(mover);

@@ -1,19 +1,19 @@
 //! From a worker's registration to a copier of its blocks, or a reason why not (I10).
 
-use std::{os::fd::OwnedFd, sync::Arc};
+use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc};
 
 use pillion_core::{Group, Registration, key::Namespace};
 use pillion_cuda::{
     BlockCopier, DeviceHandle, DeviceSource, EngineMemory, Gpu, MemfdMemory, ProcessMemory, driver,
 };
 use pillion_layouts::{
-    BlockPlan, CheckedGroup, GROUPS_MAX, Worker,
+    BlockPlan, CheckedGroup, GROUPS_MAX, OtherShard, Rank, Worker,
     vllm::{
         KvCacheTensor,
         groups::{Group as LayoutGroup, Pages},
     },
 };
-use pillion_protocol::wire;
+use pillion_protocol::{MAX_OTHER_SHARDS, wire};
 use pillion_shm::{
     Access, Memfd, Seal,
     pidfd::{Peer, Process},
@@ -24,6 +24,9 @@ use crate::{copier::CopyReport, driver::Mover, lanes::Lanes};
 
 /// Events of one worker, at most (I8).
 const EVENTS_MAX: usize = 4096;
+
+/// Contiguous runs of one block of every shard of another tensor-parallel size, at most (I8).
+const OTHER_RUNS_MAX: usize = 1 << 22;
 
 /// A registration that was refused, for the peer and for the metrics.
 #[derive(Debug)]
@@ -107,6 +110,56 @@ fn describe(message: &wire::Register) -> Result<(Worker, Vec<Namespace>), Refuse
     Ok((worker, namespaces))
 }
 
+/// The shards of other tensor-parallel sizes, each with its namespace.
+fn others(
+    message: &wire::Register,
+    groups: &[CheckedGroup],
+    namespaces: &[Namespace],
+) -> Result<Vec<(OtherShard, Namespace)>, Refused> {
+    let column = |column: &Option<Vec<u32>>| column.clone().unwrap_or_default();
+    let (of, shards) = (column(&message.other_groups), column(&message.other_shards));
+    let counts = column(&message.other_counts);
+    let malformed = |text: String| Refused::new(wire::Reason::Malformed, text);
+    if of.len() > MAX_OTHER_SHARDS || [shards.len(), counts.len()] != [of.len(); 2] {
+        return Err(malformed(format!(
+            "expected three equal columns of at most {MAX_OTHER_SHARDS} shards of other tensor-parallel sizes, got \
+             {}, {} and {}",
+            of.len(),
+            shards.len(),
+            counts.len()
+        )));
+    }
+    let mut seen: HashSet<Namespace> = namespaces.iter().cloned().collect();
+    let mut runs = 0;
+    let mut out = Vec::with_capacity(of.len());
+    for ((of, index), size) in of.into_iter().zip(shards).zip(counts) {
+        let known = groups.get(of as usize).zip(namespaces.get(of as usize));
+        let (group, namespace) = known.ok_or_else(|| {
+            malformed(format!("expected shards of a group below {}, got one of {of}", groups.len()))
+        })?;
+        let namespace = namespace.of_shard(index, size).ok_or_else(|| {
+            malformed(format!(
+                "expected a field `shard` in the namespace of group {of}, whose other shards are loaded"
+            ))
+        })?;
+        if !seen.insert(namespace.clone()) {
+            let text = format!("expected each shard once, got {index} of {size} of group {of} again");
+            return Err(Refused::new(wire::Reason::Namespace, text));
+        }
+        let other = group.other_shard(Rank { index, size });
+        let other = other.map_err(|refusal| Refused::new(wire::Reason::Layout, refusal))?;
+        runs += other.plan().runs();
+        if runs > OTHER_RUNS_MAX {
+            let text = format!(
+                "expected at most {OTHER_RUNS_MAX} contiguous runs of all other shards' blocks together, got {runs}"
+            );
+            return Err(Refused::new(wire::Reason::Layout, text));
+        }
+        out.push((other, namespace));
+    }
+    Ok(out)
+}
+
 /// All groups' pages.
 fn pages(message: &wire::Register) -> Result<Vec<Pages>, Refused> {
     let count = message.page_sizes.len();
@@ -182,6 +235,7 @@ struct Checked {
     registration: Registration,
     order: String,
     groups: Vec<CheckedGroup>,
+    others: Vec<OtherShard>,
 }
 
 /// What the client says of block 0.
@@ -217,16 +271,26 @@ pub fn register(
             format!("expected the canary of a group below {}, got {}", groups.len(), message.canary_group);
         return Err(Refused::new(wire::Reason::Malformed, text));
     }
+    let (others, their_namespaces): (Vec<_>, Vec<_>) =
+        others(message, &groups, &namespaces)?.into_iter().unzip();
     let of_core = |(group, namespace): (&CheckedGroup, Namespace)| Group {
         namespace,
         record_bytes: group.record_bytes(),
         format: group.format().into(),
+        load_only: false,
     };
+    let of_others = |(other, namespace): (&OtherShard, Namespace)| Group {
+        namespace,
+        record_bytes: other.record_bytes(),
+        format: other.format().into(),
+        load_only: true,
+    };
+    let own = groups.iter().zip(namespaces).map(of_core);
     let registration = Registration {
         num_blocks: message.num_blocks,
-        groups: groups.iter().zip(namespaces).map(of_core).collect(),
+        groups: own.chain(others.iter().zip(their_namespaces).map(of_others)).collect(),
     };
-    let checked = Checked { registration, order: message.layout.clone(), groups };
+    let checked = Checked { registration, order: message.layout.clone(), groups, others };
     if matches!(message.way, wire::Way::CudaIpc | wire::Way::CudaVmm) {
         let source = source(message, fd, peer, gpu)?;
         return Ok(Begun::Device(Box::new(Import { source, checked, canary })));
@@ -244,7 +308,8 @@ pub fn register(
 
 impl Checked {
     fn plans(&self) -> Vec<BlockPlan> {
-        self.groups.iter().map(|group| group.plan().clone()).collect()
+        let own = self.groups.iter().map(CheckedGroup::plan);
+        own.chain(self.others.iter().map(OtherShard::plan)).cloned().collect()
     }
 
     fn with(self, mover: Mover, canary: &'static str) -> Registered {

@@ -143,17 +143,30 @@ pub struct GroupStatus {
     pub block_tokens: String,
     /// Bytes of a stored block.
     pub block_bytes: u64,
+    /// Shards that engines of other tensor-parallel sizes store and that this rank can load its part of.
+    pub also_loads: Vec<String>,
 }
 
 impl GroupStatus {
-    /// Of a registration.
-    pub fn of(group: &pillion_core::Group) -> Self {
+    /// Of a registration: its groups, and what else they load.
+    pub fn of_all(groups: &[pillion_core::Group]) -> Vec<Self> {
+        let (others, own): (Vec<_>, Vec<_>) = groups.iter().partition(|group| group.load_only);
+        let with_others = |group: &pillion_core::Group| {
+            let shard = |other: &&pillion_core::Group| other.namespace.field("shard").map(str::to_owned);
+            let alike = |other: &&&pillion_core::Group| other.namespace.is_shard_of(&group.namespace);
+            Self { also_loads: others.iter().filter(alike).filter_map(shard).collect(), ..Self::of(group) }
+        };
+        own.into_iter().map(with_others).collect()
+    }
+
+    fn of(group: &pillion_core::Group) -> Self {
         let field = |name| group.namespace.field(name).unwrap_or_default().to_owned();
         Self {
             kind: field("group"),
             shard: field("shard"),
             block_tokens: field("block_tokens"),
             block_bytes: group.record_bytes,
+            also_loads: Vec::new(),
         }
     }
 }

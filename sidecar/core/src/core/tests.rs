@@ -33,7 +33,7 @@ fn namespace(model: &str) -> Namespace {
 }
 
 fn group(model: &str, record_bytes: u64) -> Group {
-    Group { namespace: namespace(model), record_bytes, format: "format".into() }
+    Group { namespace: namespace(model), record_bytes, format: "format".into(), load_only: false }
 }
 
 fn registration(model: &str) -> Registration {

@@ -54,6 +54,22 @@ impl Core {
         Ok(groups)
     }
 
+    /// A part of a record is not a record.
+    fn check_saved(&self, save: &Submitted<'_>, groups: Vec<u16>) -> Result<Vec<u16>, Refusal> {
+        let registration = self.sessions.get(&save.session).and_then(|owner| owner.registration.as_ref());
+        let only_loaded = |group: &&u16| {
+            let group = registration.and_then(|known| known.groups.get(usize::from(**group)));
+            group.is_none_or(|group| group.load_only)
+        };
+        match groups.iter().find(only_loaded) {
+            Some(group) => Err(Refusal::Protocol(format!(
+                "expected saves of blocks that the worker holds whole, got one of group {group}, which is another \
+                 tensor-parallel size's"
+            ))),
+            None => Ok(groups),
+        }
+    }
+
     /// The group of a registration whose namespace was opened under this id.
     fn group(&self, tenant: &str, registration: &Registration, space: NamespaceId) -> Option<u16> {
         let space = self.spaces.get(&space).filter(|space| *space.tenant == *tenant)?;
@@ -88,7 +104,8 @@ impl Core {
         tag: u64,
         actions: &mut Vec<Action>,
     ) {
-        let groups = match self.check(save, runs.iter().map(|run| (run.space, run.count))) {
+        let groups = self.check(save, runs.iter().map(|run| (run.space, run.count)));
+        let groups = match groups.and_then(|groups| self.check_saved(save, groups)) {
             Ok(groups) => groups,
             Err(refusal) => return self.refuse(save, Direction::Save, refusal, actions),
         };

@@ -59,7 +59,11 @@ fn sessions(report: &StatusReport, out: &mut impl io::Write) -> io::Result<()> {
                 [("", &group.kind), ("shard ", &group.shard), ("tokens a block ", &group.block_tokens)];
             let said = said.into_iter().filter(|(_, text)| !text.is_empty());
             let said: String = said.map(|(what, text)| format!("{what}{}; ", safe(text))).collect();
-            writeln!(out, "    group {index}: {said}blocks of {bytes}")
+            let also = match group.also_loads.as_slice() {
+                [] => String::new(),
+                shards => format!("; loads its part of shards {}, too", safe(&shards.join(" "))),
+            };
+            writeln!(out, "    group {index}: {said}blocks of {bytes}{also}")
         })?;
     }
     if report.refused.is_empty() {

@@ -78,6 +78,7 @@ fn report() -> StatusReport {
                         shard: "1/2".into(),
                         block_tokens: "32".into(),
                         block_bytes: 4096,
+                        also_loads: vec!["1/1".into(), "1/4".into(), "2/4".into()],
                     }],
                     canary: "compared".to_owned(),
                 }),
@@ -110,7 +111,7 @@ pillion 0.1.0, serving cpu0
 sessions      2
   scheduler pid 77 uid 1000 tenant default engine e\u{fffd}[31m1, for 0s, 0 jobs running
   worker    pid 78 uid 1000 tenant default engine e1, for 1d 1h, 1 jobs running; memfd LBHNC, 512 blocks, canary compared; REFUSED, runs uncached: layout\u{fffd}
-    group 0: FullAttentionSpec window=None; shard 1/2; tokens a block 32; blocks of 4.0 KiB
+    group 0: FullAttentionSpec window=None; shard 1/2; tokens a block 32; blocks of 4.0 KiB; loads its part of shards 1/1 1/4 2/4, too
 refused of late
   1m 1s ago: worker pid 79 uid 1001: expected a user that may attach, came uid 1001
 leases        2 held; 10 granted, 0 empty, 0 refused, 0 expired

@@ -240,3 +240,50 @@ fn being_written_is_no_use() {
         assert_eq!(rig.lease(&engine, [block].into_iter()).1, there, "block {block}");
     }
 }
+
+/// Two ranks of one engine store halves; an engine whose only rank holds both heads loads both into one block.
+#[test]
+fn halves_that_two_ranks_stored_fill_the_blocks_of_one() {
+    let mut rig = Rig::new(16);
+    let writers = [rig.engine("first", &tenant(1), "half1"), rig.engine("second", &tenant(1), "half2")];
+    let reader = rig.engine("reader", &tenant(1), "whole");
+    let halves = ["half1", "half2"].map(|name| Group { load_only: true, ..group(name, RECORD) });
+    let groups = [vec![group("whole", 2 * RECORD)], halves.to_vec()].concat();
+    rig.apply(Event::Registered {
+        session: reader.worker,
+        registration: Registration { num_blocks: 64, groups },
+    });
+    for writer in &writers {
+        rig.save(writer, None, 1..3);
+        rig.copied();
+    }
+    let spaces = writers.each_ref().map(|writer| writer.space);
+    let (lease, granted) = lease_runs(&mut rig, &reader, &[(spaces[0], &[1, 2]), (spaces[1], &[1, 2])]);
+    assert_eq!(granted, [2, 2]);
+    let runs = [0u32, 1].map(|run| LoadRun { run, first: 0, space: spaces[run as usize], count: 2 });
+    let load = load_runs(&mut rig, &reader, lease, &runs, &[1, 2, 1, 2]);
+    let groups: Vec<_> = rig.copies[0].3.iter().map(|item| item.group).collect();
+    assert_eq!(groups, [1, 1, 2, 2]);
+    rig.copied();
+    assert_eq!(rig.last(), (load, Outcome::Done, true, 4));
+    // Half of what this engine would save is another rank's: nothing is copied, and the session is told so.
+    let id = job(&mut rig);
+    let runs = vec![
+        SaveRun { space: reader.space, parent: None, count: 1 },
+        SaveRun { space: spaces[1], parent: None, count: 1 },
+    ];
+    rig.apply(Event::Save {
+        session: reader.worker,
+        job: id,
+        runs,
+        hashes: [8, 9].map(hash).to_vec(),
+        blocks: vec![1, 2],
+        word: 0,
+        tag: 1,
+        deadline_ns: rig.now + SECOND,
+        event: None,
+    });
+    assert_eq!(rig.last(), (id, Outcome::Failed, true, 0));
+    assert!(rig.copies.is_empty(), "nothing is copied of such a job");
+    assert!(rig.errors.iter().any(|text| text.contains("holds whole")), "{:?}", rig.errors);
+}
