@@ -165,6 +165,9 @@ class FakeNative:
                 events.append((job.job, outcome, job.quiesced, blocks))
         return events
 
+    def check_blocks(self, job: FakeJob) -> None:
+        assert len(set(job.blocks)) == len(job.blocks)
+
     def _move(self, job: FakeJob) -> int:
         if job.load:
             for block, content in zip(job.blocks, job.contents, strict=True):
@@ -387,7 +390,7 @@ class FakeWorker:
         for group, run, first, count in runs:
             of_group, held = leased[run]
             own = wanted[len(keys) :][:count]
-            assert of_group == group and count > 0
+            assert native.space(of_group) == _space(spaces, group) and count > 0
             assert held[first : first + count] == own, "the load asks for blocks outside its lease"
             keys += [(_space(spaces, group), each) for each in own]
         assert len(blocks) == len(wanted) == len(keys) and deadline_ms > 0
@@ -419,7 +422,8 @@ class FakeWorker:
     def _add(self, job: FakeJob) -> None:
         assert self.native.live, "a job while no memory is registered"
         assert len(job.job) == 16 and job.job not in self.native.jobs
-        assert 0 not in job.blocks and len(set(job.blocks)) == len(job.blocks)
+        assert 0 not in job.blocks
+        self.native.check_blocks(job)
         self.native.jobs[job.job] = job
 
     def poll(self) -> list[tuple[bytes, int, bool, int]]:

@@ -79,7 +79,9 @@ def test_registration_says_where_the_cache_lies(make: Any, native: FakeNative) -
     assert proved == 0 and canary.intact([caches[name] for name in LAYERS], 20, seed)
     scheduler = make(KVConnectorRole.SCHEDULER)
     assert scheduler._scheduler is not None
-    assert native.options[0]["namespaces"] == native.options[1]["namespaces"]
+    own, all_forms = (options["namespaces"] for options in native.options)
+    assert own == all_forms[:1] and told["others"] == [(0, 0, 2), (0, 1, 2)]
+    assert [fields["shard"] for fields in all_forms] == ["1/1", "1/2", "2/2"]
     assert native.options[0]["engine_id"] != native.options[1]["engine_id"]  # two configs, two engines
 
 

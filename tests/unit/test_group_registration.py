@@ -82,6 +82,11 @@ UINT8 = torch.uint8
             "kv-planes total_heads=4 head=128 dtype=bfloat16",
         ),
         (
+            full(num_head_slots=2, state_content_bytes=256),
+            "auto",
+            "kv-planes total_heads=2 head=128 dtype=bfloat16",
+        ),
+        (
             SlidingWindowSpec(
                 block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float16, sliding_window=80
             ),

@@ -36,6 +36,7 @@ class KvGroup:
     kind: str = "full"
     block: int = 16
     window: int = 0
+    heads: int = 2  # of one rank
 
     def spec(self) -> Any:
         if self.kind in ("align", "all"):
@@ -49,8 +50,8 @@ class KvGroup:
         if self.kind == "mla":
             return MLAAttentionSpec(num_kv_heads=1, **shape)
         if self.kind == "window":
-            return SlidingWindowSpec(num_kv_heads=2, sliding_window=self.window, **shape)
-        return FullAttentionSpec(num_kv_heads=2, **shape)
+            return SlidingWindowSpec(num_kv_heads=self.heads, sliding_window=self.window, **shape)
+        return FullAttentionSpec(num_kv_heads=self.heads, **shape)
 
     @property
     def is_state(self) -> bool:

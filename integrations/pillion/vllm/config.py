@@ -27,6 +27,7 @@ class Settings:
     lookup_wait_us: int = 200
     lookup_deadline_ms: int = 500
     start_wait_ms: int = 10_000
+    other_tp_sizes: bool = True
 
     def load_deadline(self, load_bytes: int) -> int:
         """Milliseconds that a load of this size may take: 2 s and 1 s for each GiB, unless configured."""
@@ -64,7 +65,7 @@ def parse(extra: Mapping[str, Any] | None) -> Settings:
 def _value(key: str, value: Any) -> Any:
     if key in _TEXT:
         return _text(key, value)
-    if key == "launch":
+    if key in ("launch", "other_tp_sizes"):
         if not isinstance(value, bool):
             raise _wrong(key, "true or false", value)
         return value

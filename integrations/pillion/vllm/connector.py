@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from pillion.vllm import adapters, config, device, identity, support
+from pillion.vllm import adapters, config, device, identity, shards, support
 from pillion.vllm import native as source
 from pillion.vllm.log import log_limited, log_once, logger, survivable
 from pillion.vllm.metadata import PillionMetadata
@@ -117,6 +117,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             names = {rank: device.name(self._vllm_config, rank) for rank in own}
         except device.Unnamed as error:
             return str(error)
+        forms = {rank: self._forms(rank, world) for rank in own}
         options = {
             rank: self._client_options(
                 native, name, [identity.of_rank(fields, rank, world) for fields in spaces], rank
@@ -124,9 +125,17 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             for rank, name in names.items()
         }
         if role == KVConnectorRole.SCHEDULER:
+            for rank, each in options.items():
+                each["namespaces"] += [
+                    identity.of_shard(spaces[group], number, count)
+                    for group, number, count in forms[rank].others
+                ]
             clients = [native.SchedulerClient(**each) for each in options.values()]
             twins = max(identity.twins(fields, 0, world)[0] for fields in spaces)
-            self._start_scheduler(clients[0] if world == 1 else Ranks(clients), digest, twins)
+            ways = len(forms[0])
+            alone = world == 1 and ways == 1
+            client = clients[0] if alone else Ranks(clients, list(forms.values()) if ways > 1 else [])
+            self._start_scheduler(client, digest, twins, ways)
         else:
             rank, name = next(iter(names.items()))
             self._worker = WorkerHalf(
@@ -141,8 +150,14 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
                 rank=rank,
                 world=world,
                 twins=[identity.twins(fields, rank, world) for fields in spaces],
+                forms=forms[rank],
             )
         return None
+
+    def _forms(self, rank: int, world: int) -> shards.Forms:
+        if not self._settings.other_tp_sizes:
+            return shards.Forms.own(len(self._kv_cache_config.kv_cache_groups))
+        return shards.forms(self._vllm_config, self._kv_cache_config, rank, world)
 
     def _client_options(
         self, native: Any, name: str, spaces: list[dict[str, str]], rank: int
@@ -166,7 +181,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             "launch": launch,
         }
 
-    def _start_scheduler(self, client: Any, digest: str, twins: int) -> None:
+    def _start_scheduler(self, client: Any, digest: str, twins: int, forms: int) -> None:
         transfer = self._kv_transfer_config
         recompute = transfer.kv_load_failure_policy == "recompute"
         loads = recompute and transfer.is_kv_consumer
@@ -189,6 +204,7 @@ class PillionConnector(KVConnectorBase_V1, SupportsHMA):
             world_size=self._vllm_config.parallel_config.world_size,
             adapters=adapters.Adapters(self._vllm_config) if self._vllm_config.lora_config else None,
             twins=twins,
+            forms=forms,
         )
         if self._waits:
             wait_ready(client, min(self._settings.start_wait_ms, SCHEDULER_START_WAIT_MS), "scheduler")

@@ -209,9 +209,12 @@ def _attention(vllm_config: Any, spec: Any) -> str:
     else:
         raise Unserved(f"KV cache quantization {mode.lower()} in {dtype}: not served yet")
     key, value = spec.head_size * size, spec.head_size_v * size
-    if spec.num_heads == spec.num_kv_heads and content == key + value:
+    slots = getattr(
+        spec, "num_head_slots", None
+    )  # two planes of two heads have a page of the same shape as K | V
+    if slots is None and content == key + value:
         return f"kv total_heads={total} key={key} value={value} dtype={dtype}"
-    if spec.num_heads == 2 and key == value and content == spec.num_kv_heads * key:
+    if slots == 2 and key == value and content == spec.num_kv_heads * key:
         return f"kv-planes total_heads={total} head={key} dtype={dtype}"
     raise Unserved(
         f"pages of {spec.num_heads} head slots with {content} bytes a token, for {spec.num_kv_heads} heads of "

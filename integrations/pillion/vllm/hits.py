@@ -98,23 +98,28 @@ class Hits:
         keys: Sequence[bytes],
         tokens: int,
         lacking: Collection[tuple[int, int]] = (),
+        form: int = 0,
     ) -> int:
-        """The longest hit of at most `tokens`; `lacking` are blocks (group, index) that the table is wrong about."""
+        """The longest hit of at most `tokens` in one form (see `shards`).
+
+        `lacking` are blocks (group of the form, index) that the table is wrong about.
+        """
         tokens = tokens // self.align * self.align
+        base = form * len(self.groups)
         for index in self._full:
             size = self.groups[index].block_tokens
-            have = client.lookup(index, self.joined(keys, index, 0, tokens // size)) if tokens else 0
-            have = min([have, *(block for group, block in lacking if group == index)])
+            have = client.lookup(base + index, self.joined(keys, index, 0, tokens // size)) if tokens else 0
+            have = min([have, *(block for group, block in lacking if group == base + index)])
             tokens = min(tokens, have * size) // self.align * self.align
         there: dict[int, bytearray] = {}
         for index in self._partial if tokens else ():
             # What lies before the longest hit's own blocks counts too: a shorter hit may need it.
             end = tokens // self.groups[index].block_tokens
-            flags = bytearray(client.present(index, self.joined(keys, index, 0, end)))
+            flags = bytearray(client.present(base + index, self.joined(keys, index, 0, end)))
             if len(flags) != end:
                 return 0
             for group, block in lacking:
-                if group == index and block < len(flags):
+                if group == base + index and block < len(flags):
                     flags[block] = 0
             there[index] = flags
         before = -1
@@ -153,10 +158,10 @@ class Hits:
                 high = middle - 1
         return low * self.align
 
-    def lacked(self, runs: Sequence[Run], granted: Sequence[int]) -> set[tuple[int, int]]:
-        """The first block of each run that was not granted."""
+    def lacked(self, runs: Sequence[Run], granted: Sequence[int], form: int = 0) -> set[tuple[int, int]]:
+        """The first block of each run that was not granted, by the groups of the form."""
         return {
-            (index, first + count)
+            (form * len(self.groups) + index, first + count)
             for (index, first, end), count in zip(runs, granted, strict=False)
             if first + count < end
         }

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pillion.vllm import device
 from pillion.vllm.config import Settings
 
-FORMAT = "1"  # of this set of fields and of the fingerprint
+FORMAT = "2"  # of this set of fields and of the fingerprint
 _SAMPLES_TOTAL = 20_000
 _SAMPLE_BYTES = 64
 _WHOLE_TENSOR_BYTES = 4096
@@ -109,16 +109,24 @@ def _page(spec: Any) -> str:
             f"{kind} {spec.shapes} {spec.mamba_cache_mode} conv={conv} "
             f"replicated={getattr(spec, 'tp_replicated', False)}"
         )
-    return (
-        f"H{spec.num_heads} N{spec.num_states} C{spec.state_content_size_bytes} "
-        f"quant={getattr(spec, 'kv_quant_mode', None)}"
-    )
+    # Not how many heads a rank has: records are of whole heads, and other ranks may load them (see `shards`).
+    content = spec.state_content_size_bytes
+    slots = getattr(spec, "num_head_slots", None)
+    cells = f"C{content}" if slots is None else f"slots={slots} C{content}/{spec.num_kv_heads}"
+    if slots == 2:
+        cells = f"slots=2 C{content // spec.num_kv_heads}"  # a plane of all heads' keys, one of their values
+    return f"N{spec.num_states} {cells} quant={getattr(spec, 'kv_quant_mode', None)}"
+
+
+def of_shard(fields: dict[str, str], index: int, count: int) -> dict[str, str]:
+    """The namespace of one of `count` equal parts of every block."""
+    return {**fields, "shard": f"{index + 1}/{count}"}
 
 
 def of_rank(fields: dict[str, str], rank: int, world: int) -> dict[str, str]:
     """The namespace of a rank's part of every block: the heads that tensor parallelism gives it."""
     copies, _ = twins(fields, rank, world)
-    return {**fields, "shard": f"{rank // copies + 1}/{world // copies}"}
+    return of_shard(fields, rank // copies, world // copies)
 
 
 def twins(fields: dict[str, str], rank: int, world: int) -> tuple[int, int]:

@@ -14,11 +14,12 @@ class LoadPlan(NamedTuple):
     job: bytes  # 16 bytes
     req_id: str
     lease: bytes  # 16 bytes for each rank, see `ranks.part`
-    spaces: bytes  # 16 bytes for each rank's every group
+    spaces: bytes  # 16 bytes for each rank's every group, see `ranks.part`
     runs: list[tuple[int, int, int, int]]  # (group, run of the lease, first block of it, blocks)
     hashes: bytes  # 32 bytes a block, run after run
     blocks: list[int]
     deadline_ms: int
+    form: int = 0  # in which the blocks are stored, see `shards`: the spaces are those of all its parts
 
 
 class SavePlan(NamedTuple):

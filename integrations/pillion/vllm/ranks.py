@@ -1,5 +1,7 @@
 """The scheduler's clients of all ranks' sidecars, used as if they were one.
 
+A group may stand for several of a client's groups, which differ by rank (`shards`): it has a block that all of them have.
+
 A block counts only if every rank has its part of it: a hit is what all ranks have, a block is absent if any rank
 lacks it, and a lease is granted once all have granted. One slow, dead or refusing rank is a miss
 for all. What travels to the workers (leases, namespaces) is the ranks' ids one after the other; each takes its
@@ -10,7 +12,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pillion.vllm.shards import Forms
+
 HASH_BYTES = 32
+ID_BYTES = 16
+LEASE_BLOCKS_MAX = 65_536  # of the protocol
 
 
 def part(ids: bytes, rank: int, world: int) -> bytes:
@@ -22,8 +28,10 @@ def part(ids: bytes, rank: int, world: int) -> bytes:
 class Ranks:
     """The interface of `pillion._native.SchedulerClient` over one client per rank."""
 
-    def __init__(self, clients: Sequence[Any]) -> None:
+    def __init__(self, clients: Sequence[Any], forms: Sequence[Forms] = ()) -> None:
         self.clients = list(clients)
+        self._forms = list(forms)  # of each rank; none: groups are the clients' groups
+        self._asked: dict[int, list[list[int]]] = {}  # ticket -> how many runs every run became, by rank
         self._tickets: dict[int, list[int]] = {}
         self._answers: dict[int, list[tuple[list[int], bytes] | None]] = {}
         self._minted = 0
@@ -40,33 +48,47 @@ class Ranks:
                 return text if text.startswith("refused") else f"{text} (rank {rank})"
         return "ready"
 
-    def namespace_ids(self) -> bytes | None:
-        """All ranks' ids of all groups; None while one has none."""
-        ids = [client.namespace_ids() for client in self.clients]
-        return None if None in ids else b"".join(ids)
+    def _parts(self, rank: int, group: int) -> list[int]:
+        """What a group is to one rank's client."""
+        return self._forms[rank].parts(group) if self._forms else [group]
+
+    def namespace_ids(self, form: int = 0) -> bytes | None:
+        """All ranks' ids of all groups of a form; None while one has none."""
+        ids: list[bytes] = []
+        for rank, client in enumerate(self.clients):
+            own = client.namespace_ids()
+            if own is None:
+                return None
+            if self._forms:
+                parts = self._forms[rank].all_parts(form)
+                own = b"".join(own[part * ID_BYTES :][:ID_BYTES] for part in parts)
+            ids.append(own)
+        # Where heads divide unevenly some ranks need fewer shards: what is behind their ids is not looked at.
+        size = max(map(len, ids))
+        return b"".join(own.ljust(size, b"\0") for own in ids)
 
     def lookup(self, group: int, hashes: bytes) -> int:
         """Leading blocks that all ranks have."""
         count = len(hashes) // HASH_BYTES
-        for client in self.clients:
-            if not count:
-                break
-            count = min(count, client.lookup(group, hashes[: count * HASH_BYTES]))
+        for rank, client in enumerate(self.clients):
+            for part in self._parts(rank, group):
+                if not count:
+                    return 0
+                count = min(count, client.lookup(part, hashes[: count * HASH_BYTES]))
         return count
 
     def present(self, group: int, hashes: bytes) -> bytes:
         """One byte per block, 1 where all ranks have it."""
         count = len(hashes) // HASH_BYTES
         everywhere = int.from_bytes(b"\1" * count, "big")
-        for client in self.clients:
-            own = client.present(group, hashes)
-            everywhere &= int.from_bytes(own, "big") if len(own) == count else 0
-            if not everywhere:
-                break
+        for rank, client in enumerate(self.clients):
+            for part in self._parts(rank, group):
+                own = client.present(part, hashes) if everywhere else b""
+                everywhere &= int.from_bytes(own, "big") if len(own) == count else 0
         return everywhere.to_bytes(count, "big")
 
     def absent(self, group: int, hashes: bytes) -> list[int]:
-        """Indices of blocks that some rank lacks."""
+        """Indices of blocks of one of our own groups that some rank lacks."""
         missing: set[int] = set()
         for client in self.clients:
             missing.update(client.absent(group, hashes))
@@ -77,14 +99,18 @@ class Ranks:
 
         Of a single run that may end early, only for what all of them seem to have.
         """
-        if len(runs) == 1:
+        ranks = range(len(self.clients))
+        shapes = [[len(self._parts(rank, group)) for group, _ in runs] for rank in ranks]
+        if len(runs) == 1 and shapes != [[1]]:  # a client alone looks for itself
             group, hashes = runs[0]
-            runs = [(group, hashes[: self.lookup(group, hashes) * HASH_BYTES])]
+            blocks = min(self.lookup(group, hashes), LEASE_BLOCKS_MAX // max(own[0] for own in shapes))
+            runs = [(group, hashes[: blocks * HASH_BYTES])]
         tickets: list[int] = []
         if all(hashes for _, hashes in runs):
             try:
-                for client in self.clients:
-                    ticket = client.lease(list(runs))
+                for rank, client in enumerate(self.clients):
+                    own = [(part, hashes) for group, hashes in runs for part in self._parts(rank, group)]
+                    ticket = client.lease(own)
                     if not ticket:
                         break
                     tickets.append(ticket)
@@ -96,6 +122,7 @@ class Ranks:
             return 0
         self._minted += 1
         self._tickets[self._minted] = tickets
+        self._asked[self._minted] = shapes
         self._answers[self._minted] = [None] * len(tickets)
         return self._minted
 
@@ -108,7 +135,8 @@ class Ranks:
         for rank, client in enumerate(self.clients):
             if answers[rank] is None:
                 left_us = max(0, int((until - time.monotonic()) * 1e6)) if wait_us else 0
-                answers[rank] = client.lease_poll(tickets[rank], left_us)
+                answer = client.lease_poll(tickets[rank], left_us)
+                answers[rank] = answer and (_least(answer[0], self._asked[ticket][rank]), answer[1])
         known = [answer for answer in answers if answer is not None]
         # A rank that granted nothing may say so with no counts at all.
         runs = min((len(granted) for granted, _ in known), default=0)
@@ -122,6 +150,7 @@ class Ranks:
     def release(self, ticket: int) -> None:
         """Idempotent. Every rank's lease is given back, whatever the others do."""
         self._answers.pop(ticket, None)
+        self._asked.pop(ticket, None)
         self._release_all(self._tickets.pop(ticket, []))
 
     def _release_all(self, tickets: Sequence[int]) -> None:
@@ -161,3 +190,11 @@ class Ranks:
                 first = first or error
         if first is not None:
             raise first
+
+
+def _least(granted: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """What was granted of runs that became so many runs each: what all parts of it were granted."""
+    if len(granted) != sum(shape):
+        return []
+    rest = iter(granted)
+    return [min(next(rest) for _ in range(parts)) for parts in shape]

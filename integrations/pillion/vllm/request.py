@@ -20,6 +20,7 @@ class Req:
         "due",
         "ends",
         "first_poll",
+        "form",
         "hit",
         "lacking",
         "lease",
@@ -45,6 +46,7 @@ class Req:
         self.first_poll = 0.0
         self.polled = 0  # the ticket that was waited for once
         self.runs: list[Run] = []  # what the lease was asked for
+        self.form = 0  # in which form, see `shards`
         self.lacking: set[tuple[int, int]] = set()  # blocks that a lease was refused for
         self.hit = -1  # tokens granted; -1 while there is no answer
         self.lease = b""

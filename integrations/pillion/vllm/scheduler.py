@@ -46,6 +46,7 @@ class SchedulerHalf:
         world_size: int = 1,
         adapters: Adapters | None = None,
         twins: int = 1,
+        forms: int = 1,  # in which blocks may be stored, see `shards`
     ) -> None:
         self.client = client
         self.settings = settings
@@ -68,6 +69,7 @@ class SchedulerHalf:
         self._identity = identity
         self._world = world_size
         self._adapters = adapters
+        self._forms = forms
         self._reqs: dict[str, Req] = {}
         self._open_loads: dict[str, bytes | None] = {}  # request ids that vLLM waits for -> job
         self._ended_loads: deque[str] = deque(maxlen=ENDED_LOADS_KEPT)
@@ -127,14 +129,30 @@ class SchedulerHalf:
             tokens = min(tokens, limit)
         state.asks += 1
         state.hit = 0
-        if tokens > 0 and not hits.prefix_only:
-            tokens = hits.longest(self.client, keys, tokens, state.lacking)
+        state.form = 0
+        if tokens > 0 and (self._forms > 1 or not hits.prefix_only):
+            tokens = self._longest(state, keys, tokens)
         if tokens > 0:
             state.runs = hits.runs(tokens)
-            wanted = [(index, hits.joined(keys, index, first, end)) for index, first, end in state.runs]
+            base = state.form * len(hits.groups)
+            wanted = [
+                (base + index, hits.joined(keys, index, first, end)) for index, first, end in state.runs
+            ]
             state.ticket = self.client.lease(wanted)
         state.asked_at = time.monotonic()
         state.hit = -1 if state.ticket else 0
+
+    def _longest(self, state: Req, keys: Sequence[bytes], tokens: int) -> int:
+        """The longest hit of all forms, and in `state.form` which one has it: our own where it has as much as any."""
+        best = 0
+        for form in range(self._forms):
+            found = self._hits.longest(self.client, keys, tokens, state.lacking, form)
+            if found > best:
+                best, state.form = found, form
+            if best == tokens:
+                break
+        # Of a prefix, the lease says itself how much of it is there, even where a table is stale.
+        return tokens if self._hits.prefix_only and state.form == 0 else best
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Tokens beyond `num_computed_tokens` that are granted; (None, False) while that is not known yet."""
@@ -181,7 +199,7 @@ class SchedulerHalf:
             state.hit = granted[0] * hits.align if granted else 0
             return True
         index, _, end = state.runs[0]
-        short = hits.lacked(state.runs, granted)
+        short = hits.lacked(state.runs, granted, state.form)
         if len(granted) == len(state.runs) and not short:
             state.hit = end * hits.groups[index].block_tokens
             return True
@@ -269,7 +287,7 @@ class SchedulerHalf:
         table = blocks.get_block_ids()
         missing = hits.missing(tokens, local) if fits else []
         ids = [table[index][first:end] for index, first, end in missing]
-        spaces = self.client.namespace_ids()
+        spaces = self.client.namespace_ids(state.form) if state.form else self.client.namespace_ids()
         if not missing or any(
             len(own) != end - first or 0 in own for own, (_, first, end) in zip(ids, missing, strict=True)
         ):
@@ -301,9 +319,13 @@ class SchedulerHalf:
         state.attempted, state.ticket, state.loading = True, 0, job_id
         self._open_loads[request.request_id] = job_id
         self._to_load.append(
-            LoadPlan(job_id, request.request_id, state.lease, spaces, runs, hashes, ids, deadline_ms)
+            LoadPlan(
+                job_id, request.request_id, state.lease, spaces, runs, hashes, ids, deadline_ms, state.form
+            )
         )
         self.stats.add("hits")
+        if state.form:
+            self.stats.add("hits_of_other_tp")
 
     def fail_load(self, request_id: str) -> None:
         """vLLM waits for a load of this request that cannot be planned: the workers report its failure."""

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 COUNTERS: dict[str, str] = {
     "lookups": "Requests for which Pillion was asked.",
     "hits": "Requests for which Pillion promised tokens.",
+    "hits_of_other_tp": "Of these, requests whose blocks engines of another tensor-parallel size stored.",
     "lookup_timeouts": "Requests that ran uncached because no lease came in time.",
     "loaded_tokens": "Tokens whose KV Pillion loaded into the engine.",
     "loads": "Loads that succeeded.",

@@ -53,6 +53,7 @@ from pillion.vllm.metadata import (
     merge,
 )
 from pillion.vllm.ranks import HASH_BYTES, part
+from pillion.vllm.shards import Forms
 from pillion.vllm.stats import PillionStats
 
 # The client reports an outcome at the deadline; this much later the shim reports a failure without it.
@@ -90,6 +91,7 @@ class WorkerHalf:
         rank: int = 0,
         world: int = 1,
         twins: Sequence[tuple[int, int]] = (),  # of each group, see `identity.twins`
+        forms: Forms | None = None,  # in which this rank finds blocks; None: only in its own
     ) -> None:
         self.client = client
         self.settings = settings
@@ -103,6 +105,7 @@ class WorkerHalf:
         self._locate = locate
         self._rank, self._world = rank, world
         self._twins = list(twins)
+        self._forms = forms or Forms.own(0)
         self._cuda = devices.CUDA if device.startswith("gpu-") else None
         self._described: groups.Described | None = None
         self._registered = False
@@ -162,6 +165,7 @@ class WorkerHalf:
                 rank=self._rank,
                 world=self._world,
                 groups=found.groups,
+                others=[tuple(shard) for shard in self._forms.others],
                 memfd=memfd.fd if memfd is not None else -1,
                 base=storage.data_ptr(),
                 cuda=self._cuda is not None,
@@ -252,6 +256,8 @@ class WorkerHalf:
             self._load(plan)
 
     def _load(self, plan: LoadPlan) -> None:
+        if plan.form:
+            plan = self._forms.spread(plan)
         deadline = time.monotonic() + plan.deadline_ms / 1000 + OVERDUE_S
         self._running[plan.job] = Running(plan.req_id, len(plan.blocks), deadline)
         self._overdue_at = min(self._overdue_at, deadline)
