@@ -161,6 +161,13 @@ class FakeEngine:
         self.seed = int.from_bytes(hashlib.sha256(self.name.encode()).digest()[:7], "little")
         self._take_memory()
         self.write(0, canary(self.seed, self.record_bytes))
+        scheduler, worker = self._client_options()
+        self.scheduler = SchedulerClient(**scheduler)
+        self.worker = WorkerClient(**worker)
+        self.register()
+
+    def _client_options(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of the scheduler's half and of the worker's."""
         options: dict[str, Any] = {
             "socket": str(self.socket),
             "engine_id": self.name,
@@ -169,9 +176,7 @@ class FakeEngine:
             "launch": list(self.launch),
             "grace_ms": self.grace_ms,
         }
-        self.scheduler = SchedulerClient(**options)
-        self.worker = WorkerClient(**options)
-        self.register()
+        return options, options
 
     @property
     def memory_name(self) -> str:

@@ -300,8 +300,9 @@ class FakeScheduler:
     def device(self) -> str:
         return "fake"
 
-    def new_epoch(self) -> None:
+    def new_epoch(self, groups: int | None = None) -> None:
         self.native.called("new_epoch")
+        self.native.groups = self.native.groups if groups is None else groups
         self.native.epoch += 1
 
     def counters(self) -> dict[str, int]:

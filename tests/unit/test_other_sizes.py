@@ -213,6 +213,19 @@ def test_a_lease_that_one_part_is_not_granted_is_a_shorter_hit(build: Build) -> 
     assert all(not native.unreleased() for native in node.ranks)
 
 
+def test_after_a_reset_there_is_only_our_own_form(build: Build) -> None:
+    tokens = prompt(100)
+    build.filled(1, tokens)
+    node, reader = build.engine(2)
+    assert ask(reader, "a", tokens) == 96
+    assert reader.scheduler.reset_prefix_cache(reset_connector=True)
+    assert ask(reader, "b", tokens) == 0
+    assert [native.groups for native in node.sidecars] == [1, 1]
+    assert reader.scheduler.reset_prefix_cache()
+    assert ask(reader, "c", tokens) == 96 and reader.stats["hits_of_other_tp"] == 1
+    reader.assert_clean()
+
+
 def test_it_can_be_switched_off(build: Build) -> None:
     tokens = prompt(100)
     build.filled(2, tokens)

@@ -277,13 +277,17 @@ impl SchedulerClient {
         self.shared.state().device.clone()
     }
 
-    /// From now on, nothing that was saved before is found.
-    pub fn new_epoch(&self) {
+    /// From now on, nothing that was saved before is found. Only the first `groups` have a namespace in the new epoch:
+    /// what others stored never is of it.
+    pub fn new_epoch(&self, groups: usize) {
         let mut epoch = [0u8; 16];
         // Without randomness there is no new epoch, and without a namespace nothing is found at all.
         let random = getrandom::fill(&mut epoch).is_ok();
         let mut state = self.shared.state();
         state.close_namespaces();
+        let groups = groups.min(state.namespaces.len());
+        state.namespaces.truncate(groups);
+        state.opened.truncate(groups);
         if random {
             state.epoch = epoch.to_vec();
             state.open_namespaces(&self.link.outbox);

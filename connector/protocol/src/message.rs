@@ -88,6 +88,7 @@ text! {
     HelloRef:; WelcomeRef:; RefusedRef:; NamespaceOpenedRef:; RegisteredRef:; LeaseRef:; LeasedRef:; RenewRef:;
     ReleaseRef:; SaveRef:; LoadRef:; CancelRef:; PingRef:; PongRef:; ByeRef:; StatusQueryRef:; StatusRef:;
     UnregisterRef:; UnregisteredRef:; NeighbourTableRef:; NeighbourGoneRef:; BorrowRef:; DamagedRef:;
+    TenantServedRef:;
     BorrowedRef: formats;
     OpenNamespaceRef: keys values;
     RegisterRef: keys values page_packings layer_names;
@@ -120,4 +121,5 @@ messages! {
     Borrow / BorrowRef = 24, "A neighbour asks for records.";
     Borrowed / BorrowedRef = 25, "What it may read.";
     Damaged / DamagedRef = 26, "A neighbour found a record damaged.";
+    TenantServed / TenantServedRef = 27, "A neighbour has engines of this tenant.";
 }

@@ -214,8 +214,10 @@ impl SchedulerClient {
         self.0.device()
     }
 
-    fn new_epoch(&self) {
-        self.0.new_epoch();
+    /// groups: those that go on, from the first; None: all.
+    #[pyo3(signature = (groups = None))]
+    fn new_epoch(&self, groups: Option<usize>) {
+        self.0.new_epoch(groups.unwrap_or(usize::MAX));
     }
 
     fn counters(&self, py: Python<'_>) -> PyResult<Py<PyDict>> {

@@ -166,7 +166,10 @@ class Ranks:
         return all(devices <= {client.device(), *client.neighbours()} for client in self.clients)
 
     def new_epoch(self) -> None:
-        self._each(lambda rank: self.clients[rank].new_epoch(), len(self.clients))
+        """From now on no other engine stores what we can use: there is our own form only."""
+        own = self._forms[0].groups if self._forms else None
+        self._forms = [Forms.own(own)] * len(self.clients) if own is not None else []
+        self._each(lambda rank: self.clients[rank].new_epoch(own), len(self.clients))
 
     def counters(self) -> dict[str, int]:
         """Sums over the ranks."""

@@ -472,5 +472,6 @@ class SchedulerHalf:
             self._release(state)
         if self._saves is not None:
             self._saves.new_epoch()
+        self._forms = 1
         self.client.new_epoch()
         return True

@@ -214,6 +214,10 @@ impl Core {
                 self.sessions.insert(session, new);
                 self.reveal(actions);
             }
+            Event::TenantServed { tenant } => {
+                self.tenants.entry(Arc::clone(&tenant.name)).or_insert(tenant);
+                self.reveal(actions);
+            }
             Event::Detached { session } => self.detach(session, actions),
             Event::OpenNamespace { session, request, namespace, epoch } => {
                 self.open_namespace(session, request, namespace, &epoch, actions);

@@ -150,6 +150,11 @@ pub enum Event {
         /// The tenant that it may act for.
         tenant: Tenant,
     },
+    /// Engines of this tenant are attached to a neighbour: what we have of it is lent.
+    TenantServed {
+        /// Which.
+        tenant: Tenant,
+    },
     /// Its connection ended, or it is to be dropped.
     Detached {
         /// Which.

@@ -265,10 +265,7 @@ impl Driver {
             |memfd: &pillion_shm::Memfd| rustix::io::fcntl_dupfd_cloexec(memfd.fd(), 0).map_err(system);
         let name = Arc::clone(&tenant.name);
         let has_table = matches!(role, Role::Scheduler | Role::Worker);
-        let is_new = has_table && !self.tables.contains_key(&name);
-        if is_new {
-            self.tables.insert(Arc::clone(&name), TableWriter::create(self.presence_slots)?);
-        }
+        let is_new = has_table && self.make_table(&name)?;
         let mut fds = Vec::new();
         if let Some(table) = self.tables.get(&name).filter(|_| has_table) {
             fds.push(duplicate(table.memfd())?);
@@ -321,12 +318,46 @@ impl Driver {
         let name = Arc::clone(&tenant.name);
         self.apply(Event::Attached { session, role, engine, uid: peer.uid, tenant });
         if is_new {
-            let borrowers = self.sessions.iter().filter(|(_, live)| live.view.role == Role::Neighbour);
-            for borrower in borrowers.map(|(id, _)| *id).collect::<Vec<_>>() {
-                self.show_table(borrower, &name);
-            }
+            self.show_table_to_all(&name);
+            self.neighbours.say_served(&name);
         }
         Ok((session, Tables { fds, index_seed }))
+    }
+
+    /// Makes a tenant's presence table. False: it was there.
+    fn make_table(&mut self, tenant: &Arc<str>) -> Result<bool, ShmError> {
+        if self.tables.contains_key(tenant) {
+            return Ok(false);
+        }
+        self.tables.insert(Arc::clone(tenant), TableWriter::create(self.presence_slots)?);
+        Ok(true)
+    }
+
+    fn show_table_to_all(&mut self, tenant: &Arc<str>) {
+        let borrowers = self.sessions.iter().filter(|(_, live)| live.view.role == Role::Neighbour);
+        for borrower in borrowers.map(|(id, _)| *id).collect::<Vec<_>>() {
+            self.show_table(borrower, tenant);
+        }
+    }
+
+    /// A neighbour has engines of a tenant that may have none here: what we have of it, it may borrow.
+    ///
+    /// # Errors
+    /// Where shared memory cannot be had.
+    pub fn tenant_served(&mut self, tenant: Tenant) -> Result<(), ShmError> {
+        let name = Arc::clone(&tenant.name);
+        if self.make_table(&name)? {
+            self.apply(Event::TenantServed { tenant });
+            self.show_table_to_all(&name);
+        }
+        Ok(())
+    }
+
+    /// A neighbour that has let us in hears for which tenants we may ask it.
+    pub fn say_served(&self, neighbour: NeighbourId) {
+        for tenant in self.tables.keys() {
+            self.neighbours.say_served_to(neighbour, tenant);
+        }
     }
 
     /// Says to a neighbour what we have for a tenant.

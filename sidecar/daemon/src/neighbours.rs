@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! ours ── Hello(Neighbour) ──► theirs          ours ◄── Welcome + pool (read-only)
+//!      ── TenantServed ──►                         for each tenant with engines here, also later
 //!      ◄── NeighbourTable + presence table ──       one per tenant, also later
 //!      ── Borrow(keys) ──►  ◄── Borrowed(places, checksums) ──  ── Renew, Release, Damaged ──►
 //! ```
@@ -50,6 +51,8 @@ const ANSWER_MAX: Duration = Duration::from_secs(2);
 const ALONE_MAX: Duration = Duration::from_secs(30);
 /// Blocks of one request: they are given back together.
 const ASKED_AT_ONCE: usize = 256;
+/// The minor version of the protocol from which on neighbours hear of tenants.
+const MINOR_TENANT_SERVED: u16 = 1;
 /// An offset that means: not lent.
 const NOT_LENT: u64 = u64::MAX;
 
@@ -231,6 +234,16 @@ impl Neighbours {
         self.send(id, &Message::Release(wire::Release { lease: lease.0.to_vec() }));
     }
 
+    /// Says to all that engines of a tenant are here.
+    pub fn say_served(&self, tenant: &str) {
+        self.ids().for_each(|id| self.say_served_to(id, tenant));
+    }
+
+    /// The same to one.
+    pub fn say_served_to(&self, id: NeighbourId, tenant: &str) {
+        self.send(id, &Message::TenantServed(wire::TenantServed { tenant: tenant.to_owned() }));
+    }
+
     /// Says that a record is damaged.
     pub fn say_damaged(&self, id: NeighbourId, key: [u8; 32], offset: u64) {
         self.send(id, &Message::Damaged(wire::Damaged { key: key.to_vec(), offset }));
@@ -365,6 +378,9 @@ async fn attach(path: &std::path::Path, device: &str, shared: &Rc<Shared>) -> Re
     let pool = ForeignPool::open(fd, welcome.pool_bytes).map_err(|error| error.to_string())?;
     let (out, outgoing) = mpsc::unbounded_channel();
     let id = shared.driver.borrow_mut().neighbour_came(device.to_owned(), pool, welcome.lease_ms, out);
+    if welcome.minor >= MINOR_TENANT_SERVED {
+        shared.driver.borrow().say_served(id);
+    }
     tracing::info!(device, pool_mib = welcome.pool_bytes >> 20, "borrowing from a neighbour");
     Ok(Link { channel, process, id, device: device.to_owned(), outgoing })
 }

@@ -367,6 +367,7 @@ impl Connection {
                 | Message::Renew(_)
                 | Message::Release(_)
                 | Message::Damaged(_)
+                | Message::TenantServed(_)
                 | Message::Ping(_)
         );
         // It speaks for no tenant: nothing is opened, registered or saved for it.
@@ -433,6 +434,20 @@ impl Connection {
             },
             Message::Borrow(borrow) => {
                 Event::Borrow { session, request: borrow.request, keys: hashes(&borrow.keys)? }
+            }
+            Message::TenantServed(served) => {
+                let is_neighbour = driver.live(session).is_some_and(|live| live.view.role == Role::Neighbour);
+                if !is_neighbour {
+                    return Err("expected a neighbour to speak of tenants".into());
+                }
+                // A sidecar of our user, which may be any tenant; one that our configuration lacks has nothing here.
+                let Shared { config, secret, .. } = &*self.shared;
+                if let Ok(name) = config.tenant_allowed(&served.tenant, self.peer.uid) {
+                    let key = TenantKey::new(*secret.tenant_key(&name).as_bytes());
+                    let tenant = Tenant { name: name.as_str().into(), key };
+                    driver.tenant_served(tenant).map_err(|error| error.to_string())?;
+                }
+                return Ok(());
             }
             Message::Damaged(damaged) => {
                 let key = damaged.key.as_slice().try_into().map_err(|_| "expected a key of 32 bytes")?;
