@@ -20,8 +20,9 @@ from chaos.conftest import World
 from chaos.engine import DONE, Bytes, FakeEngine, Job, Shape, chain, contents
 from chaos.sidecar import Sidecar, until
 from pillion.vllm import identity, shards
-from pillion.vllm.metadata import LoadPlan
+from pillion.vllm.metadata import LoadPlan, SavePlan
 from pillion.vllm.ranks import Ranks, part
+from pillion.vllm.worker import own_part
 
 HEADS = 12
 SIZES = (1, 2, 3, 4)
@@ -59,10 +60,14 @@ class RankEngine(FakeEngine):
     rank: int = 0
     world: int = 1
     packing: str = "kv"
+    heads: int = HEADS  # of the model
 
     def __post_init__(self) -> None:
-        self.forms = forms_of(self.rank, self.world)
-        self.extra = {**self.extra, "shard": f"{self.rank + 1}/{self.world}"}
+        config, group = model_of(self.world, self.heads)
+        fields = {"shard": f"1/{identity.shards(config, group.kv_cache_spec)}"}
+        self.forms = shards.forms(config, SimpleNamespace(kv_cache_groups=[group]), self.rank, self.world)
+        self.twins = identity.twins(fields, self.rank, self.world)
+        self.extra = {**self.extra, **identity.of_rank(fields, self.rank, self.world)}
         super().__post_init__()
 
     def _take_memory(self) -> None:
@@ -107,7 +112,9 @@ class RankEngine(FakeEngine):
                             "content_bytes": shape.content,
                             "page_bytes": shape.page,
                             "kernel_blocks": 1,
-                            "packing": PACKINGS[self.packing].text,
+                            "packing": PACKINGS[self.packing].text.replace(
+                                f"heads={HEADS}", f"heads={self.heads}"
+                            ),
                         }
                     ],
                 }
@@ -132,9 +139,9 @@ class RankEngine(FakeEngine):
 
     def expected(self, block_hash: bytes) -> bytes:
         shape = self.shape
-        model = (shape.layers, HEADS, shape.states, shape.content)
+        model = (shape.layers, self.heads, shape.states, shape.content)
         whole: Bytes = np.frombuffer(contents(block_hash, self.model, int(np.prod(model))), dtype=np.uint8)
-        first = self.rank * shape.heads
+        first = self.rank // self.twins[0] * shape.heads
         return whole.reshape(model)[:, first : first + shape.heads].tobytes()
 
     def load_plan(self, plan: LoadPlan, hashes: list[bytes]) -> Job:
@@ -152,14 +159,14 @@ class RankEngine(FakeEngine):
         super()._give_memory_back()
 
 
-def forms_of(rank: int, world: int) -> shards.Forms:
-    spec = type("FullAttentionSpec", (), {"num_kv_heads": HEADS // world})()
+def model_of(world: int, heads: int) -> tuple[Any, Any]:
+    """What vLLM's configuration says of it, and its only KV cache group."""
+    spec = type("FullAttentionSpec", (), {"num_kv_heads": max(1, heads // world)})()
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=world),
-        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: HEADS),
+        model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
     )
-    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
-    return shards.forms(config, groups, rank, world)
+    return config, SimpleNamespace(kv_cache_spec=spec)
 
 
 class SizedEngine:
@@ -174,9 +181,11 @@ class SizedEngine:
         packing: str,
         model: str,
         states: int = 4,
+        heads: int = HEADS,
     ) -> None:
         content = PACKINGS[packing].content
-        shape = Shape(layers=3, blocks=64, heads=HEADS // size, states=states, content=content, order=order)
+        own = max(1, heads // size)
+        shape = Shape(layers=3, blocks=64, heads=own, states=states, content=content, order=order)
         self.size, self.name = size, f"{model}-{size}-{order}"
         self.ranks = [
             RankEngine(
@@ -187,6 +196,7 @@ class SizedEngine:
                 rank=rank,
                 world=size,
                 packing=packing,
+                heads=heads,
             )
             for rank, sidecar in enumerate(sidecars[:size])
         ]
@@ -199,6 +209,15 @@ class SizedEngine:
     def must_save(self, prompt: list[bytes]) -> None:
         for rank in self.ranks:
             rank.must_save(prompt)
+
+    def save_once(self, prompt: list[bytes]) -> None:
+        """Each rank, of what others hold as well, only its own part."""
+        plan = SavePlan(b"", b"", [(0, b"", len(prompt))], b"".join(prompt), [*range(len(prompt))], 1, True)
+        for rank in self.ranks:
+            own, at = own_part(plan, [rank.twins]), 0
+            for _, parent, count in own.runs:
+                rank.must_save([prompt[index] for index in own.blocks[at : at + count]], parent=parent)
+                at += count
 
     def found(self, prompt: list[bytes]) -> list[int]:
         """Leading blocks in each form."""
@@ -275,6 +294,25 @@ def test_every_size_loads_what_every_other_stored_in_any_order_of_memory(world: 
     assert loads == len(orders) * len(SIZES) ** 2
     for sidecar in sidecars:
         sidecar.await_unleased()
+
+
+def test_heads_that_several_ranks_hold_are_stored_once_and_loaded_by_all(world: World) -> None:
+    """Four ranks, two heads: pairs of them hold the same one. An engine of another size loads them, too."""
+    sidecars = node(world, 4)
+    four, one = (SizedEngine(world, sidecars, size, "BLHNC", "kv", "model", heads=2) for size in (4, 1))
+    assert [rank.twins for rank in four.ranks] == [(2, 0), (2, 1), (2, 0), (2, 1)]
+    prompt = chain("a", 20)
+    four.save_once(prompt)
+    records = [sidecar.status()["pool"]["records"] for sidecar in sidecars]
+    assert sum(records) == 2 * 20 and min(records) > 0, f"every head once: {records}"
+    until(lambda: four.found(prompt)[0] == 20, "tables of all neighbours")
+    assert [job.outcome for job in four.load(prompt, 0)] == [DONE] * 4
+    until(lambda: 20 in one.found(prompt), "tables of all neighbours")
+    assert [job.outcome for job in one.load(prompt, one.found(prompt).index(20))] == [DONE]
+    one.must_save(prompt[:5])
+    until(lambda: 5 in four.found(prompt)[1:], "tables of all neighbours")
+    form = four.found(prompt).index(5)
+    assert [job.outcome for job in four.load(prompt, form)] == [DONE] * 4
 
 
 def test_a_shard_whose_sidecar_is_gone_is_a_miss_until_it_is_back(world: World) -> None:
