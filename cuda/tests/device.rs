@@ -19,7 +19,7 @@ use pillion_cuda::{
 use pillion_fake_cuda::testing::{self, Faults};
 use pillion_layouts::vllm::KvCacheTensor;
 use pillion_layouts::vllm::groups::{Group, Pages};
-use pillion_layouts::{BlockPlan, Worker};
+use pillion_layouts::{BlockPlan, CheckedGroup, Rank, Worker};
 use pillion_shm::pidfd::Process;
 
 const LAYERS: u64 = 4;
@@ -34,6 +34,12 @@ const PATIENCE: Duration = Duration::from_millis(400);
 
 /// A full group and a smaller one on the same blocks.
 fn plans(order: &str) -> Arc<[BlockPlan]> {
+    groups(order, 0, 1).into_iter().map(|group| group.plan().clone()).collect()
+}
+
+/// The same of one of `world` ranks, with eight heads each.
+fn groups(order: &str, rank: u32, world: u32) -> Vec<CheckedGroup> {
+    let packing = format!("kv total_heads={} key=256 value=256 dtype=bfloat16", 8 * world);
     let block_first = order.starts_with('B');
     let group = |layers: u64| Group {
         block_tokens: 64,
@@ -50,18 +56,18 @@ fn plans(order: &str) -> Arc<[BlockPlan]> {
             content_bytes: 512,
             page_bytes: PAGE,
             kernel_blocks: 1,
-            packing: "kv total_heads=8 key=256 value=256 dtype=bfloat16".parse().unwrap(),
+            packing: packing.parse().unwrap(),
         }],
     };
     let worker = Worker {
         order: order.into(),
         num_blocks: BLOCKS,
         memory_bytes: BLOCKS * RECORD,
-        rank: 0,
-        world: 1,
+        rank,
+        world,
         groups: vec![group(LAYERS), group(LAYERS - 1)],
     };
-    worker.check().unwrap().into_iter().map(|group| group.plan().clone()).collect()
+    worker.check().unwrap()
 }
 
 /// An engine's memory and a sidecar's device in one process, as the fake allows for VMM memory.
@@ -297,6 +303,58 @@ fn records_of_a_neighbour_are_proved_on_their_way() {
         assert!(rig.block(item.block) == expected, "block {}", item.block);
     }
     assert_eq!(rig.faults.count("pageable"), 0, "the stage is registered");
+}
+
+/// What ranks of other sizes stored: of one record a half, of others all for half of a block.
+#[test]
+fn parts_of_other_sizes_records_are_proved_whole_and_loaded() {
+    for order in ["BLHNC", "LBHNC"] {
+        let mut rig = rig(order, "");
+        let own = groups(order, 1, 2).remove(0);
+        let other = |index, size| own.other_shard(Rank { index, size }).unwrap().plan().clone();
+        rig.plans = [own.plan().clone(), other(0, 1), other(2, 4), other(3, 4)].into();
+        let bytes: Vec<u64> = rig.plans.iter().map(BlockPlan::record_bytes).collect();
+        assert_eq!(bytes, [RECORD, 2 * RECORD, RECORD / 2, RECORD / 2]);
+        let memory = rig.import();
+        // SAFETY: no copy runs.
+        let pool = unsafe { rig.pool.record_mut(0, 8 * RECORD) }.unwrap();
+        for (number, place) in pool.chunks_exact_mut(512).enumerate() {
+            place.fill(number as u8);
+            place[..8].copy_from_slice(&(number as u64).to_le_bytes());
+        }
+        let item = |group: u16, block, offset| {
+            let length = bytes[usize::from(group)];
+            // SAFETY: as above.
+            let record = unsafe { rig.pool.record(offset, length) }.unwrap();
+            let checksum = crc_fast::checksum(crc_fast::CrcAlgorithm::Crc64Nvme, record);
+            Item { group, block, foreign: None, offset, checksum }
+        };
+        let items = [item(1, 5, 0), item(2, 6, 2 * RECORD), item(3, 6, 4 * RECORD), item(1, 7, 5 * RECORD)];
+        // SAFETY: as above. A head that this rank does not hold.
+        unsafe { rig.pool.record_mut(5 * RECORD, RECORD) }.unwrap()[3] ^= 1;
+        rig.kv().fill(0xee);
+        let moved = rig.lane(&memory, Direction::In).run(&items, None, &go());
+        assert!(moved[..3].iter().all(|moved| matches!(moved, Moved::Copied(_))), "{moved:?}");
+        assert!(matches!(moved[3], Moved::Failed(CopyError::Corrupt { .. })), "{moved:?}");
+        let mut expected = vec![0xee; rig.kv().len()];
+        for item in &items[..3] {
+            // SAFETY: as above.
+            let record = unsafe { rig.pool.record(item.offset, bytes[usize::from(item.group)]) }.unwrap();
+            for run in rig.plans[usize::from(item.group)].segments(item.block) {
+                let (to, from, len) = (run.engine as usize, run.record as usize, run.len as usize);
+                expected[to..to + len].copy_from_slice(&record[from..from + len]);
+            }
+        }
+        assert!(rig.kv() == expected, "the parts, and nothing else");
+        for block in [5, 6] {
+            assert!(
+                !rig.block(block).chunks(512).any(|cell| cell == [0xee; 512]),
+                "all heads of block {block}"
+            );
+        }
+        let saved = rig.lane(&memory, Direction::Out).run(&items[..1], None, &go());
+        assert_eq!(saved, [Moved::Failed(CopyError::OnlyLoaded { group: 1 })]);
+    }
 }
 
 /// Records of two sizes in one job, without room between them, over the borders of chunks and pins.
