@@ -250,6 +250,45 @@ def test_a_registration_with_the_wrong_memory_is_refused_with_the_reason(world: 
     os.close(null)
 
 
+IN_SHARDS: dict[str, wire.Field] = {
+    "group_fields": wire.u32(2),
+    "keys": ["model", "shard"],
+    "values": ["m", "1/1"],
+}
+
+
+def others(*shards: tuple[int, int, int]) -> dict[str, wire.Field]:
+    """Shards of other sizes: (group, shard, of how many)."""
+    names = ("other_groups", "other_shards", "other_counts")
+    return {name: wire.u32(*column) for name, column in zip(names, zip(*shards, strict=True), strict=True)}
+
+
+HOSTILE_SHARDS: dict[str, tuple[dict[str, wire.Field], bytes]] = {
+    "of no group": (IN_SHARDS | others((1, 0, 2)), b"shards of a group below 1"),
+    "columns of two lengths": (
+        IN_SHARDS | others((0, 0, 2)) | {"other_groups": wire.u32(0, 0)},
+        b"equal columns",
+    ),
+    "a column that is not there": (IN_SHARDS | others((0, 0, 2)) | {"other_counts": None}, b"equal columns"),
+    "1025 of them": (IN_SHARDS | others(*[(0, 0, 2)] * 1025), b"at most 1024 shards"),
+    "of a namespace that names none": (others((0, 0, 2)), b"a field `shard`"),
+    "its own": (IN_SHARDS | others((0, 0, 1)), b"each shard once"),
+    "one twice": (IN_SHARDS | others((0, 0, 2), (0, 0, 2)), b"each shard once"),
+    "beyond the last": (IN_SHARDS | others((0, 5, 2)), b"expected one below 2, got 5"),
+    "of none": (IN_SHARDS | others((0, 0, 0)), b"expected one below 0, got 0"),
+    "of states": (
+        IN_SHARDS
+        | others((0, 0, 2))
+        | {
+            "page_packings": ["states replicated=0 whole:bytes=4096,format=a"],
+            "page_states": wire.u32(1),
+            "page_content_bytes": wire.u32(4096),
+        },
+        b"",
+    ),
+}
+
+
 HOSTILE_REGISTRATIONS: dict[str, tuple[dict[str, wire.Field], bytes]] = {
     "no groups": (
         {
@@ -306,12 +345,20 @@ HOSTILE_REGISTRATIONS: dict[str, tuple[dict[str, wire.Field], bytes]] = {
 
 
 def test_registrations_that_make_no_sense_are_refused_with_the_reason(world: World) -> None:
+    refused_registrations(world, HOSTILE_REGISTRATIONS)
+
+
+def test_shards_that_make_no_sense_are_refused(world: World) -> None:
+    refused_registrations(world, HOSTILE_SHARDS)
+
+
+def refused_registrations(world: World, cases: dict[str, tuple[dict[str, wire.Field], bytes]]) -> None:
     sidecar = world.sidecar()
     memory = os.memfd_create("kv", os.MFD_ALLOW_SEALING)
     os.ftruncate(memory, 1 << 20)
     fcntl.fcntl(memory, F_ADD_SEALS, SEALS)
     with honest(world, sidecar):
-        for name, (changed, reason) in HOSTILE_REGISTRATIONS.items():
+        for name, (changed, reason) in cases.items():
             raw = Raw(sidecar.socket, wire.hello(role=wire.WORKER))
             raw.expect(wire.WELCOME)
             raw.send(wire.frame(wire.REGISTER, wire.register(**changed), fds=1), [memory])

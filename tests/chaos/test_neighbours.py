@@ -117,6 +117,24 @@ def test_neighbours_can_be_switched_off(world: World) -> None:
     raw.close()
 
 
+def test_only_neighbours_speak_of_tenants_and_only_of_those_that_there_are(world: World) -> None:
+    sidecar = world.sidecar(config="[tenants.red]\nuids = []\n")
+    raw = Raw(sidecar.socket, wire.hello())
+    raw.expect(wire.WELCOME)
+    raw.send(wire.frame(wire.TENANT_SERVED, wire.table("red")))
+    assert b"a neighbour to speak of tenants" in raw.expect(wire.REFUSED)
+    raw.close()
+    raw = Raw(sidecar.socket, wire.hello(role=wire.NEIGHBOUR))
+    raw.expect(wire.WELCOME)
+    for tenant in ("blue", "", "../red", "red", "red"):
+        raw.send(wire.frame(wire.TENANT_SERVED, wire.table(tenant)))
+    tables = raw.expect(22)
+    assert b"red" in tables
+    raw.send(wire.frame(wire.PING, wire.table(("Q", 1))))
+    assert raw.receive()[0] == wire.PONG, "one table, once"  # type: ignore[index]
+    raw.close()
+
+
 def traffic(world: World, first: Sidecar, second: Sidecar, seed: int, prompts: int) -> list[Traffic]:
     """The same prompts at both. Every byte that is loaded is compared by the engines themselves."""
     engines = (world.engine(first, "a"), world.engine(second, "b"))
