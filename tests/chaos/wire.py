@@ -13,7 +13,7 @@ from pathlib import Path
 
 HELLO, WELCOME, REFUSED, OPEN, OPENED, REGISTER, LEASE, LEASED = 1, 2, 3, 4, 5, 6, 8, 9
 SAVE, LOAD, CANCEL, PING, PONG, BYE = 12, 13, 14, 15, 16, 17
-BORROW, BORROWED, DAMAGED, TENANT_SERVED = 24, 25, 26, 27
+NEIGHBOUR_TABLE, BORROW, BORROWED, DAMAGED, TENANT_SERVED = 22, 24, 25, 26, 27
 SCHEDULER, WORKER, OBSERVER, NEIGHBOUR = 0, 1, 2, 3
 Field = tuple[str, int] | bytes | memoryview | str | list[str] | None
 """("H", 7): a scalar by its struct letter; bytes or a memoryview: a vector; None: left out."""
