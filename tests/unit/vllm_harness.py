@@ -167,6 +167,7 @@ class Engine:
         groups: tuple[KvGroup, ...] = FULL,
         retention: int | None = None,
         drafts: int = 0,
+        drafter: str = "ngram",
         **transfer: Any,
     ) -> None:
         setattr(source, "native", lambda: native)  # noqa: B010
@@ -192,7 +193,7 @@ class Engine:
             else make_groups_config(groups, num_blocks, retention)
             for _ in range(2)
         )
-        self._configure(groups, drafts)
+        self._configure(groups, drafts, drafter)
         scheduler_block, hash_block = resolve_kv_cache_block_sizes(kv_config, self.config)
         hash_fn = get_hash_fn_by_name("sha256")
         init_none_hash(hash_fn)
@@ -231,7 +232,7 @@ class Engine:
         self.load_runs: list[tuple[str, Any]] = []
         self.stats: dict[str, int] = {}
 
-    def _configure(self, groups: tuple[KvGroup, ...], drafts: int) -> None:
+    def _configure(self, groups: tuple[KvGroup, ...], drafts: int, drafter: str) -> None:
         """What vLLM derives from the model and its options."""
         self.drafts = drafts
         cache = self.config.cache_config
@@ -247,6 +248,10 @@ class Engine:
                 target_model_config=self.config.model_config,
                 target_parallel_config=self.config.parallel_config,
             )
+            # One with weights of its own needs files of it; vLLM's scheduler looks at the method alone.
+            self.config.speculative_config.method = drafter  # type: ignore[assignment]
+            if drafter != "ngram":
+                self.config.speculative_config.draft_model_config = self.config.model_config
 
     @property
     def half(self) -> Any:

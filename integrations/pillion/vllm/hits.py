@@ -7,6 +7,10 @@ A hit of N tokens makes the engine go on at token N. For that it needs, of each 
   them (`cdiv(window - 1, block)`); it puts its null block in the place of those before;
 - a recurrent state (Mamba, GDN, short convolution): the one block that holds the state after exactly N tokens.
 
+With a drafter that looks one token ahead (EAGLE, MTP), the last token's KV of the drafter in a block is that of whoever
+came first, who may have gone on otherwise. As vLLM does for its own cache, a hit then ends where one more block is
+there, of every group that may have such layers: the block after it says that the first of its tokens is the same.
+
 N is a multiple of every group's block size (vLLM's scheduler takes no other), and the search goes as
 `HybridKVCacheCoordinator.find_longest_cache_hit` does: each group shortens the candidate until none does.
 """
@@ -28,6 +32,7 @@ class Group:
     hashes: int = 1  # block hashes per block: a block is known by its last one
     window_blocks: int = 0  # of WINDOW: blocks before a boundary that the next token reaches
     block_bytes: int = 0
+    proof_blocks: int = 0  # blocks behind a hit that must be there, too, and are not loaded
     dense_states: bool = (
         False  # of STATE: every full block is a state (vLLM's mode "all"), not only some ("align")
     )
@@ -51,7 +56,9 @@ class Hits:
         self.hash_tokens = hash_tokens  # tokens per block hash
         self.align = math.lcm(*(group.block_tokens for group in groups))
         # Its answer to a lease is a search already: no lookup is needed before.
-        self.prefix_only = len(self.groups) == 1 and self.groups[0].kind == FULL
+        first = self.groups[0]
+        self.prefix_only = len(self.groups) == 1 and first.kind == FULL and not first.proof_blocks
+        self._proof_tokens = [group.proof_blocks * group.block_tokens for group in groups]
         self._full = [index for index, group in enumerate(groups) if group.kind == FULL]
         self._partial = [index for index, group in enumerate(groups) if group.kind != FULL]
 
@@ -60,7 +67,8 @@ class Hits:
 
         One token is always left to compute, so that a block that others may share is never rewritten.
         """
-        return min(num_tokens - 1, num_hashes * self.hash_tokens) // self.align * self.align
+        known = num_hashes * self.hash_tokens - max(self._proof_tokens)
+        return max(0, min(num_tokens - 1, known) // self.align * self.align)
 
     def runs(self, tokens: int) -> list[Run]:
         """What a hit of so many tokens needs."""
@@ -107,14 +115,15 @@ class Hits:
         tokens = tokens // self.align * self.align
         base = form * len(self.groups)
         for index in self._full:
-            size = self.groups[index].block_tokens
-            have = client.lookup(base + index, self.joined(keys, index, 0, tokens // size)) if tokens else 0
-            have = min([have, *(block for group, block in lacking if group == base + index)])
+            size, proof = self.groups[index].block_tokens, self.groups[index].proof_blocks
+            wanted = self.joined(keys, index, 0, tokens // size + proof)
+            have = client.lookup(base + index, wanted) - proof if tokens else 0
+            have = min([max(0, have), *(block for group, block in lacking if group == base + index)])
             tokens = min(tokens, have * size) // self.align * self.align
         there: dict[int, bytearray] = {}
         for index in self._partial if tokens else ():
             # What lies before the longest hit's own blocks counts too: a shorter hit may need it.
-            end = tokens // self.groups[index].block_tokens
+            end = tokens // self.groups[index].block_tokens + self.groups[index].proof_blocks
             flags = bytearray(client.present(base + index, self.joined(keys, index, 0, end)))
             if len(flags) != end:
                 return 0
@@ -134,6 +143,7 @@ class Hits:
         size = group.block_tokens
         while tokens > 0:
             first, end = group.need(tokens)
+            end += group.proof_blocks
             if group.kind == STATE:
                 last = there.rfind(1, 0, end)  # states are far between
                 if last == end - 1:
@@ -144,7 +154,7 @@ class Hits:
             if gap < 0:
                 return tokens
             # Every longer hit's window would hold this block as well.
-            tokens = gap * size // self.align * self.align
+            tokens = max(0, gap - group.proof_blocks) * size // self.align * self.align
         return 0
 
     def shorter(self, tokens: int, local: int, room: int) -> int:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import struct
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from pillion.vllm import device
@@ -25,6 +26,8 @@ _SAMPLE_BYTES = 64
 _WHOLE_TENSOR_BYTES = 4096
 _WHOLE_FILE_BYTES = 16 << 20
 _HEADER_BYTES_MAX = 256 << 20
+# Drafters that propose from the text alone: no layers in the KV cache, no weights.
+MODEL_FREE_DRAFTERS = ("ngram", "ngram_gpu", "suffix")
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.npz", "*.tensors")
 _CONFIGS = ("config.json", "params.json", "hf_quant_config.json", "quantize_config.json", "*.py")
 # These kinds of RoPE compute the same angles whatever the engine's context length is.
@@ -45,10 +48,29 @@ def namespaces(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> li
     Raises `UnknownModel` where no `model_id` is given and no weights are found.
     """
     model = f"id:{settings.model_id}" if settings.model_id else "sha256:" + fingerprint(vllm_config)
-    return [_fields(vllm_config, group, model) for group in kv_cache_config.kv_cache_groups]
+    drafter = _drafter(vllm_config, settings)
+    return [_fields(vllm_config, group, model, drafter) for group in kv_cache_config.kv_cache_groups]
 
 
-def _fields(vllm_config: Any, group: Any, model: str) -> dict[str, str]:
+def has_drafter(vllm_config: Any) -> bool:
+    """Whether some layers of the KV cache are a drafter's."""
+    config = vllm_config.speculative_config
+    return config is not None and config.method not in MODEL_FREE_DRAFTERS
+
+
+def _drafter(vllm_config: Any, settings: Settings) -> str:
+    """Whose KV is in the blocks beside the model's, by its weights as well."""
+    if not has_drafter(vllm_config):
+        return "none"
+    config = vllm_config.speculative_config
+    if settings.model_id:
+        return f"{config.method} id:{settings.model_id}"
+    load = getattr(config, "draft_load_config", None) or vllm_config.load_config
+    as_model = SimpleNamespace(model_config=config.draft_model_config, load_config=load)
+    return f"{config.method} sha256:{fingerprint(as_model)}"
+
+
+def _fields(vllm_config: Any, group: Any, model: str, drafter: str) -> dict[str, str]:
     from pillion.vllm.support import layer_spec, vllm_version
 
     spec = layer_spec(group)
@@ -75,7 +97,7 @@ def _fields(vllm_config: Any, group: Any, model: str) -> dict[str, str]:
         f"sha256:{hashlib.sha256(chr(10).join(names).encode()).hexdigest()[:32]}",
         "hash_algorithm": str(cache.prefix_caching_hash_algo),
         "hash_seed": hash_seed(str(cache.prefix_caching_hash_algo)),
-        "drafter": "none",
+        "drafter": drafter,
         "shard": f"1/{shards(vllm_config, spec)}",
     }
 

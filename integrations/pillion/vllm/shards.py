@@ -11,8 +11,9 @@ The groups of form f are known by the indices `f * groups + group`.
 To the native client every such shard is a further group, behind the engine's own ones: looked up and leased like these
 by the scheduler's half, loaded and never saved by the worker's.
 
-Only attention divides by heads. MLA's latents are the same on all ranks, and so in every form; what part of a recurrent
-state a rank holds is not known, so that an engine with one has its own form only.
+Only attention divides by heads. MLA's latents are the same on all ranks, and so in every form. What part of a recurrent
+state a rank holds is not known, and a drafter's layers need not divide as the model's do: an engine with either has its
+own form only.
 """
 
 from collections.abc import Sequence
@@ -84,7 +85,8 @@ class Forms:
 def forms(vllm_config: Any, kv_cache_config: Any, rank: int, world: int) -> Forms:
     """Every form in which this rank can find blocks: its own first, then by the number of ranks."""
     specs = [support.layer_spec(group) for group in kv_cache_config.kv_cache_groups]
-    if any(support.kind_of(spec) == STATE for spec in specs):
+    # A drafter's layers may be divided otherwise than the model's.
+    if any(support.kind_of(spec) == STATE for spec in specs) or identity.has_drafter(vllm_config):
         return Forms.own(len(specs))
     own = [identity.shards(vllm_config, spec) for spec in specs]
     # Heads of the whole model; 0 where every rank has all there is.

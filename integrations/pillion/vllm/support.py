@@ -7,15 +7,15 @@ so that they decide alike.
 from collections.abc import Callable
 from typing import Any, cast
 
-from pillion.vllm import device
+from pillion.vllm import device, identity
 from pillion.vllm import groups as registered
 from pillion.vllm.hits import FULL, STATE, WINDOW, Group, Hits
 
 FIRST_VERSION = (0, 30)
 LAST_VERSION = (0, 33)
 STRONG_HASHES = ("sha256", "sha256_cbor")
-# Drafters that propose from the text alone: no layers in the KV cache, no weights.
-MODEL_FREE_DRAFTERS = ("ngram", "ngram_gpu", "suffix")
+# Drafters with layers in the KV cache, whose KV of a token depends on at most the token after it.
+DRAFTERS = ("eagle", "eagle3", "mtp", "draft_model")
 
 try:  # vLLM 0.32 and later split cache hits by the tier that supplied them
     from vllm.v1.metrics.cache_hit_source import CacheHitSource
@@ -178,9 +178,22 @@ def _model(vllm_config: Any, _kv: Any) -> str | None:
         # `clear_cache=False`, or resets the prefix cache without `reset_connector`, would load KV of other
         # weights, and store KV of unknown weights under the name of the files'.
         return "weights are replaced while the engine runs (weight_transfer_config): not served yet"
-    drafter = vllm_config.speculative_config
-    if drafter is not None and getattr(drafter, "method", None) not in MODEL_FREE_DRAFTERS:
-        return f"speculative decoding with {drafter.method!r} has KV of its own: not served yet"
+    return _drafter(vllm_config)
+
+
+def _drafter(vllm_config: Any) -> str | None:
+    config = vllm_config.speculative_config
+    if config is None or config.method in identity.MODEL_FREE_DRAFTERS:
+        return None
+    if config.method not in DRAFTERS:
+        served = ", ".join((*identity.MODEL_FREE_DRAFTERS, *DRAFTERS))
+        return f"speculative decoding with {config.method!r} is not served yet: expected one of {served}"
+    if getattr(vllm_config, "num_prefill_lookahead_tokens", 1) > 1:
+        # Its modules rewrite the last tokens' KV in the next step: what a block holds is not final when it is full.
+        return "MTP with several modules rewrites KV that was computed: not served yet"
+    for name in ("num_speculative_tokens_per_batch_size", "parallel_drafting"):
+        if getattr(config, name, None):
+            return f"speculative decoding with {name} is not served yet"
     return None
 
 
@@ -221,8 +234,6 @@ def _groups(vllm_config: Any, kv_cache_config: Any) -> str | None:
 
 
 def _group(vllm_config: Any, group: Any) -> str | None:
-    if getattr(group, "is_eagle_group", False):
-        return "a drafter's layers share the KV cache group: not served yet"
     if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
         return "the KV cache group is not transferable"
     if getattr(getattr(group, "role", None), "value", "default") != "default":
@@ -270,8 +281,9 @@ def hits(vllm_config: Any, kv_cache_config: Any) -> Hits:
     from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 
     _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    drafted = _drafted(vllm_config, kv_cache_config)
     groups = []
-    for group in kv_cache_config.kv_cache_groups:
+    for group, is_drafted in zip(kv_cache_config.kv_cache_groups, drafted, strict=True):
         spec = layer_spec(group)
         size = spec.block_size
         groups.append(
@@ -282,9 +294,20 @@ def hits(vllm_config: Any, kv_cache_config: Any) -> Hits:
                 window_blocks=_window(spec),
                 block_bytes=spec.page_size_bytes * len(group.layer_names),
                 dense_states=getattr(spec, "mamba_cache_mode", "") == "all",
+                proof_blocks=int(is_drafted),
             )
         )
     return Hits(groups, hash_tokens)
+
+
+def _drafted(vllm_config: Any, kv_cache_config: Any) -> list[bool]:
+    """The groups of which vLLM finds a block more than a hit has, as `KVCacheCoordinator` marks them."""
+    config, groups = vllm_config.speculative_config, kv_cache_config.kv_cache_groups
+    drops = getattr(config, "use_eagle_block_drop", getattr(config, "use_eagle", None))
+    if drops is None or not drops():
+        return [False] * len(groups)
+    marked = [bool(getattr(group, "is_eagle_group", False)) for group in groups]
+    return marked if any(marked) else [True] * len(groups)
 
 
 def _window(spec: Any) -> int:
