@@ -6,7 +6,7 @@ turn the choice: here every greedy choice over the given prompts has been checke
 The same arguments give the same weights.
 
 Families: Llama, or one of those whose KV cache is of another kind, to see how engines keep and find it. With
---adapter-of, a LoRA adapter for such a model is made instead.
+--adapter-of, a LoRA adapter for such a model is made instead, with --eagle-of an EAGLE drafter.
 """
 
 import argparse
@@ -286,6 +286,26 @@ def make_adapter(place: Path, base: Path, seed: int) -> None:
     (place / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
+def make_eagle(place: Path, base: Path) -> None:
+    """An EAGLE head: the model's first layer over a mix of the next token's embedding and the last hidden state.
+
+    It drafts something, from a KV cache of its own; nothing makes it right.
+    """
+    weights = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
+    layer = "model.layers.0."
+    made = {
+        name.removeprefix("model."): weight.clone()
+        for name, weight in weights.items()
+        if name.startswith(layer) and "input_layernorm" not in name
+    }
+    eye = torch.eye(weights["model.embed_tokens.weight"].shape[1])
+    made["fc.weight"] = torch.cat([0.3 * eye, 0.7 * eye], dim=1).contiguous()
+    place.mkdir(parents=True, exist_ok=True)
+    save_file(made, place / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}, indent=1) + "\n")
+
+
 def recipe_of(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     said = json.dumps([asdict(SIZES[args.size]), prompts, Path(__file__).read_text()])
     return {
@@ -337,6 +357,12 @@ def arguments() -> argparse.Namespace:
         metavar="MODEL",
         help="make a LoRA adapter for this Llama, from --seed alone",
     )
+    parser.add_argument(
+        "--eagle-of",
+        type=Path,
+        metavar="MODEL",
+        help="make an EAGLE drafter for this Llama, out of its weights",
+    )
     parser.add_argument("--size", choices=sorted(SIZES), default="small")
     parser.add_argument("--prompts", type=Path, help="JSON list of prompts to check (default: quickstart's)")
     parser.add_argument(
@@ -351,6 +377,9 @@ def main() -> None:
     logging.disable_progress_bar()
     if args.adapter_of is not None:
         make_adapter(args.dir, args.adapter_of, args.seed)
+        return
+    if args.eagle_of is not None:
+        make_eagle(args.dir, args.eagle_of)
         return
     tokenizer = make_tokenizer()
     if args.prompts:

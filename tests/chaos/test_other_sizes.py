@@ -165,6 +165,7 @@ def model_of(world: int, heads: int) -> tuple[Any, Any]:
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=world),
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: heads),
+        speculative_config=None,
     )
     return config, SimpleNamespace(kv_cache_spec=spec)
 

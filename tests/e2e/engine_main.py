@@ -96,7 +96,7 @@ class Stats:
     """Sums of what vLLM hands to its loggers."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, int] = {"preemptions": 0, "steps": 0}
+        self.sums: dict[str, int] = {"preemptions": 0, "steps": 0, "drafted": 0, "accepted": 0}
 
     def logger(self) -> Any:
         from vllm.v1.metrics.loggers import StatLoggerBase
@@ -114,6 +114,9 @@ class Stats:
                     sums["steps"] += 1
                     for name, count in (scheduler_stats.kv_connector_stats or {}).items():
                         sums[name] = sums.get(name, 0) + int(count)
+                    if (drafted := scheduler_stats.spec_decoding_stats) is not None:
+                        sums["drafted"] += drafted.num_draft_tokens
+                        sums["accepted"] += drafted.num_accepted_tokens
 
             def log_engine_initialized(self) -> None:
                 pass

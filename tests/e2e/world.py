@@ -45,9 +45,15 @@ class Models:
 
     def adapter(self, base: Path, seed: int) -> Path:
         """A LoRA adapter."""
-        place = ROOT / "target" / "models" / f"e2e-adapter-{seed}"
+        return self._made(f"e2e-adapter-{seed}", f"--adapter-of={base}", f"--seed={seed}")
+
+    def eagle(self, base: Path) -> Path:
+        """An EAGLE drafter."""
+        return self._made("e2e-eagle", f"--eagle-of={base}")
+
+    def _made(self, name: str, *options: str) -> Path:
+        place = ROOT / "target" / "models" / name
         command = [sys.executable, str(ROOT / "scripts" / "lib" / "make_model.py"), str(place)]
-        options = [f"--adapter-of={base}", f"--seed={seed}"]
         done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return place

@@ -94,7 +94,12 @@ def test_weights_of_a_drafter_are_told_apart(tmp_path: Path, monkeypatch: pytest
     from pillion.vllm.config import Settings
 
     seen: list[Any] = []
-    monkeypatch.setattr(identity, "fingerprint", lambda config: seen.append(config) or "f")
+
+    def fingerprint(config: Any) -> str:
+        seen.append(config)
+        return "f"
+
+    monkeypatch.setattr(identity, "fingerprint", fingerprint)
     drafter, load = object(), object()
     config = SimpleNamespace(
         speculative_config=SimpleNamespace(method="eagle3", draft_model_config=drafter), load_config=load

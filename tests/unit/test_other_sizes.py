@@ -253,6 +253,7 @@ def forms_of(rank: int, world: int, kinds: list[int | None]) -> shards.Forms:
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=world),
         model_config=SimpleNamespace(get_total_num_kv_heads=lambda: next((h for h in kinds if h), 1)),
+        speculative_config=None,
     )
     return shards.forms(config, SimpleNamespace(kv_cache_groups=list(map(group, kinds))), rank, world)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,7 @@ class Engine:
     def _configure(self, groups: tuple[KvGroup, ...], drafts: int, drafter: str) -> None:
         """What vLLM derives from the model and its options."""
         self.drafts = drafts
+        self._drafting: list[Callable[[], None]] = []  # what the drafter does in this step, in the last group
         cache = self.config.cache_config
         cache.block_size = max(group.block for group in groups)
         for group in groups:
@@ -249,7 +251,7 @@ class Engine:
                 target_parallel_config=self.config.parallel_config,
             )
             # One with weights of its own needs files of it; vLLM's scheduler looks at the method alone.
-            self.config.speculative_config.method = drafter  # type: ignore[assignment]
+            self.config.speculative_config.method = drafter
             if drafter != "ngram":
                 self.config.speculative_config.draft_model_config = self.config.model_config
 
@@ -327,8 +329,11 @@ class Engine:
         worker.bind_connector_metadata(meta)
         req_ids, sampled = self._forward(output, rank)
         worker.start_load_kv(None)
-        if output.total_num_scheduled_tokens or not vllm.__version__.startswith("0.30"):
-            worker.wait_for_save()  # 0.30 leaves it out where there is no forward
+        saves = output.total_num_scheduled_tokens or not vllm.__version__.startswith("0.30")
+        # With speculative decoding the drafter runs first; 0.30 leaves it out where there is no forward.
+        behind = self.drafts and output.total_num_scheduled_tokens
+        if saves and not behind:
+            worker.wait_for_save()
         results = worker.get_transfer_results(output.finished_req_ids)
         connector_output = KVConnectorOutput(
             finished_sending=results.finished_sending,
@@ -338,6 +343,11 @@ class Engine:
             kv_connector_stats=worker.get_kv_connector_stats(),
             kv_connector_worker_meta=worker.build_connector_worker_meta(),
         )
+        for draft in self._drafting:
+            draft()
+        self._drafting.clear()
+        if behind:
+            worker.wait_for_save()
         worker.clear_connector_metadata()
         return ModelRunnerOutput(
             req_ids=req_ids,
@@ -437,11 +447,18 @@ class Engine:
             def value(position: int, group: int = group) -> int:
                 return salted(seen.value(position), rank, group)
 
-            try:
-                kind.check(memory, table, value, start, end)
-            except AssertionError as error:
-                raise AssertionError(f"{req_id}, rank {rank}, group {group}: {error}") from error
-            kind.write(memory, table, value, start, end)
+            def compute(kind: KvGroup = kind, table: list[int] = table, group: int = group) -> None:
+                try:
+                    kind.check(memory, table, value, start, end)
+                except AssertionError as error:
+                    raise AssertionError(f"{req_id}, rank {rank}, group {group}: {error}") from error
+                kind.write(memory, table, value, start, end)
+
+            is_drafters = self.config.speculative_config and self.config.speculative_config.method != "ngram"
+            if is_drafters and group == len(self.groups) - 1:
+                self._drafting.append(compute)
+            else:
+                compute()
 
     # ---- checks
 

@@ -39,20 +39,22 @@ class SavePlan(NamedTuple):
 class PillionMetadata(KVConnectorMetadata):
     """Scheduler to workers, one step: jobs to submit, and loads that ended before they were ever sent."""
 
-    def __init__(self, loads: Any = (), saves: Any = (), ended: Any = ()) -> None:
+    def __init__(self, loads: Any = (), saves: Any = (), ended: Any = (), *, forward: bool = False) -> None:
         self.loads: tuple[LoadPlan, ...] = tuple(loads)
         self.saves: tuple[SavePlan, ...] = tuple(saves)
         self.ended: tuple[str, ...] = tuple(ended)  # request ids that wait for a load that will not come
+        self.forward = forward  # the step computes something: saves must wait until it has, drafts included
 
     def __reduce__(self) -> Any:
         if not (self.loads or self.saves or self.ended):
             return (PillionMetadata, ())
         loads, saves = tuple(tuple(plan) for plan in self.loads), tuple(tuple(plan) for plan in self.saves)
-        return (_rebuild, (loads, saves, self.ended))
+        return (_rebuild, (loads, saves, self.ended, self.forward))
 
 
-def _rebuild(loads: Any, saves: Any, ended: Any) -> PillionMetadata:
-    return PillionMetadata((LoadPlan(*plan) for plan in loads), (SavePlan(*plan) for plan in saves), ended)
+def _rebuild(loads: Any, saves: Any, ended: Any, forward: bool) -> PillionMetadata:
+    load_plans, save_plans = (LoadPlan(*plan) for plan in loads), (SavePlan(*plan) for plan in saves)
+    return PillionMetadata(load_plans, save_plans, ended, forward=forward)
 
 
 class JobReport(NamedTuple):

@@ -360,7 +360,8 @@ class SchedulerHalf:
         to_save = saves.planned if saves is not None else []
         if not (self._to_load or to_save or self._to_end):
             return PillionMetadata()
-        meta = PillionMetadata(self._to_load, to_save, self._to_end)
+        forward = output.total_num_scheduled_tokens > 0
+        meta = PillionMetadata(self._to_load, to_save, self._to_end, forward=forward)
         self._to_load, self._to_end = [], []
         if saves is not None:
             saves.planned = []

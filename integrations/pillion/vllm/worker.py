@@ -12,8 +12,8 @@ current when vLLM calls is the one which that work is queued on, in 0.30 to 0.33
 - All of a step's calls come from the worker's main thread, and neither runner enters another stream around them.
   Model Runner V1: `execute_model` runs `_update_states` (which zeroes: `_zero_block_ids`) and, inside
   `maybe_get_kv_connector_output`, `_model_forward`; that context manager's exit calls `start_load_kv`,
-  `wait_for_save` and `get_transfer_results` (`sample_tokens` calls `finalize_kv_connector` where there is a
-  drafter). Model Runner V2: `execute_model` runs `update_requests` (`kv_block_zeroer`) and the model or
+  `wait_for_save` and `get_transfer_results` (with speculative decoding `sample_tokens` calls `wait_for_save`, by
+  `finalize_kv_connector`, once the drafter has run: after `get_transfer_results`). Model Runner V2: `execute_model` runs `update_requests` (`kv_block_zeroer`) and the model or
   `run_fullgraph`; `sample_tokens` calls `KVConnector.post_forward`. Steps without a forward
   (`kv_connector_no_forward`, `no_forward`) come after the zeroing, too.
 - CUDA graphs are replayed on the current stream, piecewise and full; microbatches (`UBatchWrapper`,
@@ -364,7 +364,9 @@ class WorkerHalf:
         """(requests whose load ended, those of them that failed) since the last call."""
         if meta is not None:
             self.start_load_kv(meta)
-            self.wait_for_save(meta)  # in steps without a forward vLLM 0.30 does not call it
+            if not meta.forward:
+                # vLLM 0.30 does not call it then. Else it does, behind the drafter's forward, which may be yet to come.
+                self.wait_for_save(meta)
         if self._running:
             self._poll()
             self._report_overdue()
