@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 FILES = (
     "test_scheduler_flow.py",
     "test_group_flow.py",
+    "test_drafters.py",
     "test_connector.py",
     "test_gpu.py",
     "test_api_members.py",
