@@ -158,19 +158,24 @@ def test_no_wrong_byte_whatever_the_disk_does(world: World, disk: FaultyDisk, na
     """A working set larger than the pool, faults now and then, and a restart in the middle."""
     sidecar = on(world, disk, host_pool="2MiB", ssd_engine=io)
     engine = world.engine(sidecar)
-    traffic = Traffic(engine, seed=len(name), prompts=40, whole=True)
-    seconds = 10.0 if LONG else 0.6
-    traffic.run(seconds / 2)
+    known, new = (Traffic(engine, seed=len(name), prompts=prompts, whole=True) for prompts in (40, 4000))
+    seconds = 5.0 if LONG else 0.3
+
+    def run() -> None:
+        known.run(seconds)
+        new.run(seconds)
+
+    run()
     what, fault, value = FAULTS[name]
     disk.rule(what, fault, value, after=3, every=5 if what != "sync" else 2)
-    traffic.run(seconds)
+    run()
     before = engine.attaches()
     sidecar.kill_worker()
     engine.await_again(before, 30)
-    traffic.run(seconds)
+    run()
     injected = disk.status()["injected"]
     disk.well()
-    traffic.run(seconds / 2)
+    run()
     engine.settle()
     assert injected > 0, "nothing went wrong"
     status = sidecar.status()

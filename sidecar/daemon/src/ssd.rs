@@ -6,7 +6,10 @@ use std::{
     os::unix::fs::DirBuilderExt,
     path::PathBuf,
     ptr::NonNull,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -15,7 +18,7 @@ use anyhow::{Context, Result, ensure};
 use pillion_core::{Event, GetEnding, NamespaceId, PutEnding, SsdRecord};
 use pillion_cuda::HostPool;
 use pillion_ssd::{
-    Extent, GetError, Memory, PutError,
+    Extent, GetError, Memory, OpenError, PutError,
     format::{Entry, RecordKey, RecordMeta, SpaceId},
     store::{Action, DropReason, Limits},
     tier::{self, DirectoryConfig, Hooks, Started, Tier, View},
@@ -28,6 +31,9 @@ use crate::config::{Config, SsdDirectory};
 const SEGMENTS: u64 = 32;
 const SEGMENT_BYTES_MIN: u64 = 16 << 20;
 const SEGMENT_BYTES_MAX: u64 = 256 << 20;
+/// After a device that failed at the start is looked at again.
+const RETRY_MIN: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(60);
 /// Failures that are logged in a row; the metrics count all of them.
 const LOGGED_MAX: u32 = 5;
 
@@ -42,22 +48,61 @@ pub struct Recovered {
     records: Vec<SsdRecord>,
 }
 
-/// Opens and recovers the directories of the configuration on a thread of its own: a disk may take its time.
+/// A recovery that is under way.
+#[derive(Debug)]
+pub struct Recovering {
+    /// How it ends.
+    pub answer: oneshot::Receiver<Result<Recovered>>,
+    /// A device failed: it is tried again, and nobody waits for that.
+    pub fails: Arc<AtomicBool>,
+}
+
+/// Opens and recovers the directories of the configuration on a thread of its own: a disk may take its time, or fail for
+/// some.
 ///
 /// # Errors
 /// Where no thread can be had.
-pub fn start(
-    config: &Config,
-    pool: &Arc<HostPool>,
-    tell: UnboundedSender<Told>,
-) -> Result<oneshot::Receiver<Result<Recovered>>> {
-    let (answer, answered) = oneshot::channel();
-    let (config, pool) = (config.clone(), Arc::clone(pool));
-    thread::Builder::new()
-        .name("pillion-recover".into())
-        .spawn(move || drop(answer.send(recover(&config, pool, tell))))
-        .context("cannot start a thread")?;
-    Ok(answered)
+pub fn start(config: &Config, pool: &Arc<HostPool>, tell: UnboundedSender<Told>) -> Result<Recovering> {
+    let (tell_answer, answer) = oneshot::channel();
+    let fails = Arc::new(AtomicBool::new(false));
+    let (config, pool, failed) = (config.clone(), Arc::clone(pool), Arc::clone(&fails));
+    let work = move || {
+        let mut pause = RETRY_MIN;
+        while !tell_answer.is_closed() {
+            match recover(&config, Arc::clone(&pool), tell.clone()) {
+                Err(error) if is_the_devices(&error, failed.load(Ordering::Acquire)) => {
+                    tracing::error!(
+                        "{error:#}; serving without the SSD, which is tried again in {} s",
+                        pause.as_secs()
+                    );
+                    failed.store(true, Ordering::Release);
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(RETRY_MAX);
+                }
+                ended => {
+                    let _ = tell_answer.send(ended);
+                    return;
+                }
+            }
+        }
+    };
+    thread::Builder::new().name("pillion-recover".into()).spawn(work).context("cannot start a thread")?;
+    Ok(Recovering { answer, fails })
+}
+
+/// Whether a device failed, as opposed to a configuration that is wrong. `again`: it has failed before, and what was
+/// begun then may still hold its directory.
+fn is_the_devices(error: &anyhow::Error, again: bool) -> bool {
+    use rustix::io::Errno;
+    const FAILURES: [Errno; 6] =
+        [Errno::IO, Errno::NXIO, Errno::REMOTEIO, Errno::NODATA, Errno::UCLEAN, Errno::TIMEDOUT];
+    let of = |source: &std::io::Error| source.raw_os_error().map(Errno::from_raw_os_error);
+    match error.downcast_ref::<OpenError>() {
+        Some(OpenError::Io { source, .. }) => of(source).is_some_and(|errno| FAILURES.contains(&errno)),
+        Some(OpenError::Recovery(_)) => true,
+        Some(OpenError::Busy { .. }) => again,
+        _ => false,
+    }
 }
 
 fn recover(config: &Config, pool: Arc<HostPool>, tell: UnboundedSender<Told>) -> Result<Recovered> {

@@ -20,7 +20,7 @@ use tokio::{
     io::AsyncReadExt,
     net::{UnixListener, unix::pipe},
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot},
+    sync::mpsc,
     task::LocalSet,
     time::{MissedTickBehavior, interval},
 };
@@ -218,16 +218,13 @@ async fn serve(config: Config, restarts: u64) -> Result<()> {
 }
 
 /// Waits for the SSD, so that the first engine finds what is there; but not for ever.
-async fn recover(
-    driver: &SharedDriver,
-    mut recovering: oneshot::Receiver<Result<ssd::Recovered>>,
-    watchdog: &Watchdog,
-) -> Result<()> {
+async fn recover(driver: &SharedDriver, recovering: ssd::Recovering, watchdog: &Watchdog) -> Result<()> {
     const GONE: &str = "the recovery of the SSD ended without a result";
     let begun = Instant::now();
-    while begun.elapsed() < ssd::RECOVERY_WAIT {
+    let ssd::Recovering { mut answer, fails } = recovering;
+    while begun.elapsed() < ssd::RECOVERY_WAIT && !fails.load(Ordering::Acquire) {
         tokio::select! {
-            recovered = &mut recovering => {
+            recovered = &mut answer => {
                 driver.borrow_mut().ssd_recovered(recovered.context(GONE)??);
                 return Ok(());
             }
@@ -237,10 +234,12 @@ async fn recover(
             }
         }
     }
-    tracing::warn!("the SSD is slow: serving without what is on it until it has been read");
+    if !fails.load(Ordering::Acquire) {
+        tracing::warn!("the SSD is slow: serving without what is on it until it has been read");
+    }
     let driver = Rc::clone(driver);
     tokio::task::spawn_local(async move {
-        match recovering.await.context(GONE).flatten() {
+        match answer.await.context(GONE).flatten() {
             Ok(recovered) => driver.borrow_mut().ssd_recovered(recovered),
             Err(error) => {
                 tracing::error!("{error:#}");

@@ -23,6 +23,8 @@ use crate::{
 /// The file that says that a directory is ours.
 pub const SUPERBLOCK: &str = "pillion-ssd";
 const NEW: &str = "pillion-ssd.new";
+/// How often the superblock is read before it counts as damaged.
+const SUPERBLOCK_TRIES: u32 = 3;
 
 /// Why a directory is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,13 +85,7 @@ impl Directory {
                 Use::Inspect => return Err(not_ours(path)),
             }
         }
-        let file = File::open(&marker).map_err(|source| failed(&marker, "open", source))?;
-        let mut bytes = Vec::new();
-        file.take(SECTOR as u64 + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|source| failed(&marker, "read", source))?;
-        let block = Superblock::decode(&bytes)
-            .map_err(|source| OpenError::Refused { path: marker.clone(), source })?;
+        let block = read_superblock(&marker)?;
         allow_many_files();
         let writable = purpose != Use::Inspect;
         let mut directory =
@@ -250,6 +246,27 @@ fn take_lock(lock: &OwnedFd, path: &Path) -> Result<(), OpenError> {
                 left = left.saturating_sub(LOCK_LOOK);
             }
             Err(errno) => return Err(failed(path, "lock", errno.into())),
+        }
+    }
+}
+
+/// Read again where it makes no sense: a bit that changed on its way does not change every time.
+fn read_superblock(marker: &Path) -> Result<Superblock, OpenError> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let file = File::open(marker).map_err(|source| failed(marker, "open", source))?;
+        // One byte more than it has; in as few reads as can be.
+        let mut bytes = Vec::with_capacity(SECTOR + 1);
+        file.take(SECTOR as u64 + 1)
+            .read_to_end(&mut bytes)
+            .map_err(|source| failed(marker, "read", source))?;
+        match Superblock::decode(&bytes) {
+            Ok(block) => return Ok(block),
+            Err(source) if tries == SUPERBLOCK_TRIES => {
+                return Err(OpenError::Refused { path: marker.to_owned(), source });
+            }
+            Err(_) => {}
         }
     }
 }
