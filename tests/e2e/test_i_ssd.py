@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from chaos.faulty_disk import FaultyDisk, refusal
 from chaos.sidecar import ended
 from e2e.harness import Engine, Sidecar, until
 from e2e.prompts import CHUNKED, GROWN, LONG, Prompt
@@ -71,3 +76,66 @@ def test_prompts_come_back_after_engine_and_sidecar_ended(world: World, identica
         finally:
             engine.stop()
         end(sidecar, how)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[FaultyDisk]:
+    if (reason := refusal()) is not None:
+        pytest.skip(reason)
+    disk = FaultyDisk(tmp_path / "disk")
+    yield disk
+    disk.close()
+
+
+def killed(sidecar: Sidecar, engine: Engine) -> None:
+    """The sidecar's worker, which comes back."""
+    before = engine.counters()["attaches"]
+    sidecar.kill_worker()
+    until(lambda: engine.counters()["attaches"] > before, engine.explain, 30)
+    until(lambda: engine.counters()["ready"], engine.explain, 30)
+
+
+def test_answers_are_the_same_whatever_the_disk_does(
+    world: World, identical: Checker, disk: FaultyDisk
+) -> None:
+    """A pool that is smaller than the prompts, and a disk that fails, lies, is slow and changes bits."""
+    sidecar = world.sidecar()
+    surroundings = {
+        "PILLION_SSD": f"{disk.place}=1GiB",
+        "PILLION_SSD_SEGMENT": "4MiB",
+        "PILLION_HOST_POOL": "16MiB",
+    }
+    engine = world.engine("faulty-disk", sidecar, environment=surroundings)
+    try:
+        identical(*engine.ask_all(PROMPTS))
+        engine.quiet()
+        until(lambda: ssd(sidecar)["writes_waiting"] == 0, engine.explain, 30)
+        for what, fault, value, every in (
+            ("read", "flip", 300_007, 17),
+            ("read", "errno", 5, 41),
+            ("read", "slow", 300, 43),
+            ("write", "lost", 0, 13),
+            ("write", "flip", 300_007, 17),
+            ("write", "torn", 33, 29),
+            ("write", "misdirected", 48, 31),
+            ("sync", "errno", 5, 7),
+        ):
+            disk.rule(what, fault, value, after=every, every=every)
+        loaded = damaged = 0
+        for _ in range(3):
+            # What is in memory would hide the disk.
+            damaged += ssd(sidecar)["blocks_corrupt"]
+            killed(sidecar, engine)
+            engine.forget()
+            answers = engine.ask_all(PROMPTS)
+            identical(*answers)
+            loaded += sum(answer.loaded for answer in answers)
+            engine.quiet()
+        # Some reads take their time.
+        until(lambda: damaged + ssd(sidecar)["blocks_corrupt"] > 0, engine.explain, 30)
+        injected, damaged = disk.status()["injected"], damaged + ssd(sidecar)["blocks_corrupt"]
+        print(f"{injected} faults of the disk, {loaded} tokens loaded, {damaged} blocks found damaged")
+        assert injected > 20 and loaded > 0
+        assert sidecar.status()["faults"]["identity_mismatches"] == 0
+    finally:
+        engine.stop()
