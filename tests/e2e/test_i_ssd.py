@@ -98,7 +98,7 @@ def killed(sidecar: Sidecar, engine: Engine) -> None:
 def test_answers_are_the_same_whatever_the_disk_does(
     world: World, identical: Checker, disk: FaultyDisk
 ) -> None:
-    """A pool that is smaller than the prompts, and a disk that fails, lies, is slow and changes bits."""
+    """A pool that is smaller than the prompts, and a disk that fails, lies and changes bits."""
     sidecar = world.sidecar()
     surroundings = {
         "PILLION_SSD": f"{disk.place}=1GiB",
@@ -110,22 +110,22 @@ def test_answers_are_the_same_whatever_the_disk_does(
         identical(*engine.ask_all(PROMPTS))
         engine.quiet()
         until(lambda: ssd(sidecar)["writes_waiting"] == 0, engine.explain, 30)
-        for what, fault, value, every in (
-            ("read", "flip", 300_007, 17),
-            ("read", "errno", 5, 41),
-            ("read", "slow", 300, 43),
-            ("write", "lost", 0, 13),
-            ("write", "flip", 300_007, 17),
-            ("write", "torn", 33, 29),
-            ("write", "misdirected", 48, 31),
-            ("sync", "errno", 5, 7),
-        ):
-            disk.rule(what, fault, value, after=every, every=every)
         loaded = damaged = 0
         for _ in range(3):
             # What is in memory would hide the disk.
             damaged += ssd(sidecar)["blocks_corrupt"]
+            disk.well()
             killed(sidecar, engine)
+            for what, fault, value, every in (
+                ("read", "flip", 300_007, 17),
+                ("read", "errno", 5, 41),
+                ("write", "lost", 0, 13),
+                ("write", "flip", 300_007, 17),
+                ("write", "torn", 33, 29),
+                ("write", "misdirected", 48, 31),
+                ("sync", "errno", 5, 7),
+            ):
+                disk.rule(what, fault, value, after=every, every=every)
             engine.forget()
             answers = engine.ask_all(PROMPTS)
             identical(*answers)
@@ -135,7 +135,7 @@ def test_answers_are_the_same_whatever_the_disk_does(
         until(lambda: damaged + ssd(sidecar)["blocks_corrupt"] > 0, engine.explain, 30)
         injected, damaged = disk.status()["injected"], damaged + ssd(sidecar)["blocks_corrupt"]
         print(f"{injected} faults of the disk, {loaded} tokens loaded, {damaged} blocks found damaged")
-        assert injected > 20 and loaded > 0
+        assert injected > 10 and loaded > 0
         assert sidecar.status()["faults"]["identity_mismatches"] == 0
     finally:
         engine.stop()
