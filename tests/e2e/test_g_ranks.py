@@ -8,16 +8,23 @@ from typing import Any
 import pytest
 
 from e2e.harness import Engine, Sidecar, until
-from e2e.prompts import KINDS_LONG, LONG, OTHERS, Prompt
-from e2e.world import ATTEMPTS, Checker, World
+from e2e.prompts import KINDS_LONG, LONG, OTHERS, SHARED, SHARING, TIGHT, Prompt
+from e2e.world import ATTEMPTS, Checker, World, fill
 
 PROMPTS = LONG[:4]
+SMALL: dict[str, Any] = {
+    # So small that requests are preempted.
+    "num_gpu_blocks_override": 72,
+    "max_model_len": 1024,
+    "extra": {"max_hold_fraction": 0.5},
+}
 
 
 @pytest.fixture(scope="module")
 def identical(world: World) -> Checker:
     """Against plain vLLM with two ranks: their sums have another order than one's."""
-    return Checker(world, world.reference(prompts=PROMPTS, tensor_parallel_size=2))
+    asked = [*PROMPTS, *SHARING, *TIGHT]
+    return Checker(world, world.reference(prompts=asked, tensor_parallel_size=2))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,12 @@ def test_two_ranks_load_each_their_part(engine: Engine, identical: Checker) -> N
     identical.loads(engine, PROMPTS)
 
 
+def test_two_ranks_load_a_shared_prefix(engine: Engine, identical: Checker) -> None:
+    engine.forget()
+    identical(*fill(engine, SHARING[:1]))
+    identical.loads(engine, SHARING[1:2], len(SHARED))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_ranks_sidecar_dies_under_load(
     engine: Engine, identical: Checker, sidecars: list[Sidecar], rank: int
@@ -74,13 +87,17 @@ def test_one_ranks_sidecar_dies_under_load(
     identical.loads(engine, PROMPTS)
 
 
-def test_a_restarted_engine_with_two_ranks_hits(
+def test_a_restarted_engine_with_two_ranks_hits_and_is_preempted(
     world: World, engine: Engine, identical: Checker, sidecars: list[Sidecar]
 ) -> None:
     engine.quiet()
     engine.stop()
-    second = world.engine("ranks-again", sidecars[0], tensor_parallel_size=2)
+    second = world.engine("ranks-again", sidecars[0], tensor_parallel_size=2, **SMALL)
     identical.loads(second, PROMPTS)
+    second.forget()
+    identical(*second.ask_all(TIGHT))
+    assert second.stats()["preemptions"] > 0
+    second.quiet()
     second.stop()
 
 
@@ -147,12 +164,12 @@ def test_data_parallel_replicas_share_what_either_has_saved(world: World, sideca
     """Two engine cores with a worker each, on one sidecar. Which of them answers is vLLM's choice."""
     reference = Checker(world, world.reference())
     first = world.engine("replicas", sidecars[0], data_parallel_size=2)
-    reference(*first.ask_all(PROMPTS))
+    reference(*first.ask_all([*PROMPTS, SHARING[0]]))
     first.quiet()
     engines = {session["engine_id"] for session in sidecars[0].sessions() if session["role"] == "worker"}
     assert len(engines) == 2, engines
     first.stop()
-    second = world.engine("replicas-again", sidecars[0], data_parallel_size=2)
+    second = world.engine("replicas-again", sidecars[0], data_parallel_size=2, **SMALL)
     usable = [prompt.usable for prompt in PROMPTS] * 2
     for attempt in range(ATTEMPTS):
         # Each prompt twice at once, so that both replicas get some of them.
@@ -167,4 +184,16 @@ def test_data_parallel_replicas_share_what_either_has_saved(world: World, sideca
         second.quiet()
         second.forget()
     assert sum(answer.loaded for answer in answers) > 0
+    second.quiet()
+    second.forget()
+    answers = second.ask_all(SHARING[1:])
+    reference(*answers)
+    assert {answer.own + answer.loaded for answer in answers} <= {0, len(SHARED)}, "a prefix, or a miss"
+    assert sum(answer.loaded for answer in answers) > 0
+    # Both are preempted while their sidecar dies.
+    pending = [second.submit(prompt) for prompt in [*TIGHT, *TIGHT]]
+    pending[0].first.wait(60)
+    sidecars[0].kill_worker()
+    reference(*[one.answer() for one in pending])
+    assert second.stats()["preemptions"] > 0
     second.stop()

@@ -114,6 +114,11 @@ class Hits:
         """
         tokens = tokens // self.align * self.align
         base = form * len(self.groups)
+        if form and self._full:
+            # As a rule nobody has stored a prompt in another form: that should cost next to nothing.
+            first = self._full[0]
+            if not client.lookup(base + first, self.joined(keys, first, 0, 1)):
+                return 0
         for index in self._full:
             size, proof = self.groups[index].block_tokens, self.groups[index].proof_blocks
             wanted = self.joined(keys, index, 0, tokens // size + proof)
