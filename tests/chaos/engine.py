@@ -201,12 +201,11 @@ class FakeEngine:
         base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) if self.memfd < 0 else 0
         return {"memfd": self.memfd, "base": base}
 
-    def describe(self, order: str) -> None:
-        """Tells the client how one group of full attention lies in the memory."""
+    def layout(self, strides: tuple[int, ...], packing: str) -> Pages:
+        """How one group of full attention lies in the memory: strides of layers and blocks, what a cell holds."""
         shape = self.shape
-        layer_stride, block_stride = shape.strides
-        half = shape.content // 2
-        pages: Pages = {
+        layer_stride, block_stride, *_ = strides
+        return {
             "size": shape.total,
             "offset": 0,
             "layer_stride": layer_stride,
@@ -217,8 +216,14 @@ class FakeEngine:
             "content_bytes": shape.content,
             "page_bytes": shape.page,
             "kernel_blocks": 1,
-            "packing": f"kv total_heads={shape.heads} key={half} value={half} dtype={shape.dtype}",
+            "packing": packing,
         }
+
+    def describe(self, order: str) -> None:
+        """Tells the client of that group."""
+        shape, half = self.shape, self.shape.content // 2
+        packing = f"kv total_heads={shape.heads} key={half} value={half} dtype={shape.dtype}"
+        pages = self.layout(shape.strides, packing)
         self.worker.describe(
             layout=order,
             num_blocks=shape.blocks,

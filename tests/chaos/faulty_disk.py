@@ -5,19 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+import pytest
 
-
-def program() -> Path:
-    """The file system, built if there is none."""
-    places = [ROOT / "target" / kind / "pillion-faultfs" for kind in ("debug", "release")]
-    if not any(place.exists() for place in places):
-        build = ["cargo", "build", "--locked", "-p", "pillion-faultfs"]
-        subprocess.run(build, cwd=ROOT, check=True, timeout=500)
-    return max((place for place in places if place.exists()), key=lambda place: place.stat().st_mtime)
+from chaos.fake_device import built
 
 
 def refusal() -> str | None:
@@ -34,7 +28,10 @@ class FaultyDisk:
         place.mkdir(parents=True)
         self.place = place
         self.process = subprocess.Popen(
-            [str(program()), str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [str(built("pillion-faultfs", "pillion-faultfs")), str(place)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self._answer()["mounted"] == str(place)
 
@@ -75,3 +72,12 @@ class FaultyDisk:
                 self.process.wait()
         # Whoever still uses it gets errors from now on, and does not wait.
         subprocess.run(["umount", "-l", str(self.place)], capture_output=True, check=False)
+
+
+def mounted(place: Path) -> Iterator[FaultyDisk]:
+    """The body of a fixture: the file system on a directory for one test, which is skipped where nothing can be mounted."""
+    if (reason := refusal()) is not None:
+        pytest.skip(reason)
+    disk = FaultyDisk(place)
+    yield disk
+    disk.close()

@@ -15,7 +15,7 @@ import pytest
 
 from chaos.conftest import World
 from chaos.engine import DONE, FakeEngine, Shape, Traffic, chain
-from chaos.faulty_disk import FaultyDisk, refusal
+from chaos.faulty_disk import FaultyDisk, mounted
 from chaos.sidecar import Sidecar, until
 from chaos.test_ssd import await_written, ssd
 
@@ -29,11 +29,7 @@ EIO, ENOSPC = 5, 28
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[FaultyDisk]:
-    if (reason := refusal()) is not None:
-        pytest.skip(reason)
-    disk = FaultyDisk(tmp_path / "disk")
-    yield disk
-    disk.close()
+    yield from mounted(tmp_path / "disk")
 
 
 def on(world: World, disk: FaultyDisk, **flags: Any) -> Sidecar:

@@ -90,35 +90,16 @@ class RankEngine(FakeEngine):
         return {**scheduler, "namespaces": [own, *others]}, worker
 
     def describe(self, order: str) -> None:
-        shape, strides = self.shape, self.cells.strides
+        shape = self.shape
+        packing = PACKINGS[self.packing].text.replace(f"heads={HEADS}", f"heads={self.heads}")
+        pages = self.layout(self.cells.strides, packing)
         self.worker.describe(
             layout=order,
             num_blocks=shape.blocks,
             memory_bytes=shape.total,
             rank=self.rank,
             world=self.world,
-            groups=[
-                {
-                    "block_tokens": shape.states,
-                    "pages": [
-                        {
-                            "size": shape.total,
-                            "offset": 0,
-                            "layer_stride": strides[0],
-                            "block_stride": strides[1],
-                            "layers": [f"layers.{index}" for index in range(shape.layers)],
-                            "heads": shape.heads,
-                            "states": shape.states,
-                            "content_bytes": shape.content,
-                            "page_bytes": shape.page,
-                            "kernel_blocks": 1,
-                            "packing": PACKINGS[self.packing].text.replace(
-                                f"heads={HEADS}", f"heads={self.heads}"
-                            ),
-                        }
-                    ],
-                }
-            ],
+            groups=[{"block_tokens": shape.states, "pages": [pages]}],
             others=[(group, number, count) for group, number, count in self.forms.others],
             **self._place(),
         )

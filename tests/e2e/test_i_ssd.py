@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from chaos.faulty_disk import FaultyDisk, refusal
+from chaos.faulty_disk import FaultyDisk, mounted
 from chaos.sidecar import ended
 from e2e.harness import Engine, Sidecar, until
 from e2e.prompts import CHUNKED, GROWN, LONG, Prompt
@@ -80,11 +80,7 @@ def test_prompts_come_back_after_engine_and_sidecar_ended(world: World, identica
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[FaultyDisk]:
-    if (reason := refusal()) is not None:
-        pytest.skip(reason)
-    disk = FaultyDisk(tmp_path / "disk")
-    yield disk
-    disk.close()
+    yield from mounted(tmp_path / "disk")
 
 
 def killed(sidecar: Sidecar, engine: Engine) -> None:

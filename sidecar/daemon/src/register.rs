@@ -273,22 +273,17 @@ pub fn register(
     }
     let (others, their_namespaces): (Vec<_>, Vec<_>) =
         others(message, &groups, &namespaces)?.into_iter().unzip();
-    let of_core = |(group, namespace): (&CheckedGroup, Namespace)| Group {
+    let own = groups.iter().map(|group| (group.record_bytes(), group.format(), false));
+    let theirs = others.iter().map(|other| (other.record_bytes(), other.format(), true));
+    let of_core = |((record_bytes, format, load_only), namespace): ((u64, &str, bool), Namespace)| Group {
         namespace,
-        record_bytes: group.record_bytes(),
-        format: group.format().into(),
-        load_only: false,
+        record_bytes,
+        format: format.into(),
+        load_only,
     };
-    let of_others = |(other, namespace): (&OtherShard, Namespace)| Group {
-        namespace,
-        record_bytes: other.record_bytes(),
-        format: other.format().into(),
-        load_only: true,
-    };
-    let own = groups.iter().zip(namespaces).map(of_core);
     let registration = Registration {
         num_blocks: message.num_blocks,
-        groups: own.chain(others.iter().zip(their_namespaces).map(of_others)).collect(),
+        groups: own.chain(theirs).zip(namespaces.into_iter().chain(their_namespaces)).map(of_core).collect(),
     };
     let checked = Checked { registration, order: message.layout.clone(), groups, others };
     if matches!(message.way, wire::Way::CudaIpc | wire::Way::CudaVmm) {
