@@ -145,6 +145,8 @@ struct Space {
 }
 
 /// The state. See the crate's documentation.
+///
+/// The same events at the same times come to the same actions: whatever is iterated has an order.
 #[derive(Debug)]
 pub struct Core {
     limits: Limits,
@@ -158,10 +160,10 @@ pub struct Core {
     /// What they still lack.
     wait_bytes: u64,
     /// Tenants that have attached since the start.
-    tenants: HashMap<Arc<str>, Tenant>,
+    tenants: BTreeMap<Arc<str>, Tenant>,
     sessions: BTreeMap<SessionId, Session>,
     spaces: HashMap<NamespaceId, Space>,
-    jobs: HashMap<JobKey, Job>,
+    jobs: BTreeMap<JobKey, Job>,
     lease_count: u64,
     counters: Counters,
     draining: bool,
@@ -180,10 +182,10 @@ impl Core {
             waits: BTreeMap::new(),
             wait_count: 0,
             wait_bytes: 0,
-            tenants: HashMap::new(),
+            tenants: BTreeMap::new(),
             sessions: BTreeMap::new(),
             spaces: HashMap::new(),
-            jobs: HashMap::new(),
+            jobs: BTreeMap::new(),
             lease_count: 0,
             counters: Counters::default(),
             draining: false,

@@ -1,6 +1,6 @@
 //! Leases: bounded promises that records stay where they are.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     ids::{LeaseId, NamespaceId, SessionId},
@@ -42,7 +42,7 @@ impl Lease {
 
 #[derive(Debug, Default)]
 pub(crate) struct Leases {
-    leases: HashMap<LeaseId, Lease>,
+    leases: BTreeMap<LeaseId, Lease>,
 }
 
 impl Leases {

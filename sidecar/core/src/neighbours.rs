@@ -3,10 +3,7 @@
 //! A borrowed record lies in its owner's pool, which is mapped here; it has an entry in the store while a lease or a
 //! waiting lease pins it, and its owner keeps it where it is until the last one of its *borrow* is given back.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use pillion_shm::presence::IndexKey;
 
@@ -64,7 +61,7 @@ pub(crate) struct Neighbours {
     asked: KeyMap<Vec<Waiter>>,
     /// To be asked with the end of this event.
     next: Vec<Question>,
-    borrows: HashMap<u64, Borrow>,
+    borrows: BTreeMap<u64, Borrow>,
     borrow_count: u64,
 }
 
@@ -161,7 +158,7 @@ impl Neighbours {
 
     /// Checks what must always hold; for tests.
     #[cfg(test)]
-    pub(crate) fn check(&self, records: &HashMap<u64, usize>) {
+    pub(crate) fn check(&self, records: &std::collections::HashMap<u64, usize>) {
         assert!(self.next.is_empty(), "asked at the end of every event");
         assert_eq!(records.len(), self.borrows.len(), "an empty borrow was given back");
         assert!(self.borrows.iter().all(|(id, borrow)| records.get(id) == Some(&borrow.records)));
