@@ -121,15 +121,20 @@ impl Core {
         key: &BlockKey,
         record: Option<RecordId>,
     ) {
+        let room = self.limits.pinned_bytes_max.saturating_sub(self.store.pinned_bytes + self.wait_bytes);
+        let found = record.and_then(|id| self.store.get(id));
+        let free = found.filter(|record| !record.is_pinned() && !record.is_foreign());
+        let fits = free.is_none_or(|record| record.bytes <= room);
         // Its wait may have been answered, or have given up this part of its run.
         let Some(wait) = self.waits.get_mut(&id) else { return };
-        let (wanted, bytes) = match wait.runs[run].slots.get(slot) {
-            Some(Slot::There(wanted, bytes)) => (*wanted, *bytes),
-            Some(Slot::Abroad(wanted, _)) => (*wanted, 0),
+        let (wanted, bytes, fits) = match wait.runs[run].slots.get(slot) {
+            Some(Slot::There(wanted, bytes)) => (*wanted, *bytes, true),
+            // One that has come to be here was not counted among what may be pinned (I8).
+            Some(Slot::Abroad(wanted, _)) => (*wanted, 0, fits),
             Some(Slot::Here(_)) | None => return,
         };
         debug_assert_eq!(wanted, *key);
-        match record {
+        match record.filter(|_| fits) {
             Some(record) => {
                 wait.runs[run].slots[slot] = Slot::Here(record);
                 wait.left -= 1;

@@ -253,6 +253,23 @@ fn an_answer_that_does_not_come_is_waited_for_a_while_and_its_lease_given_back()
 }
 
 #[test]
+fn what_is_saved_here_while_a_lease_waits_for_neighbours_is_pinned_as_far_as_it_may_be() {
+    let mut node = Node::new(2, 16);
+    let engine = node.rigs[1].engine("e", &tenant(1), "m");
+    node.rigs[1].core.limits.pinned_bytes_max = 2 * RECORD;
+    node.slow = true;
+    let (_, blocks) = node.lease(1, &engine, 0..4);
+    assert_eq!(blocks, u32::MAX, "not answered yet");
+    let request = node.rigs[1].jobs;
+    node.rigs[1].save(&engine, None, 0..4);
+    node.rigs[1].copied();
+    node.slow = false;
+    node.settle();
+    assert_eq!(node.rigs[1].leased[&request].1, 2);
+    assert_eq!(node.rigs[1].core.counters().pinned_bytes, 2 * RECORD);
+}
+
+#[test]
 fn what_is_borrowed_for_long_is_renewed() {
     let mut node = Node::new(2, 16);
     saved(&mut node, 0, 0..2);
