@@ -97,7 +97,7 @@ fn explain(seed: u64, args: &Args) {
 }
 
 fn campaign(args: &Args) -> Result<ExitCode> {
-    let begun = Instant::now();
+    let (machine, begun) = (machine(), Instant::now());
     let told = |done: u64| {
         if done.is_multiple_of(50_000) {
             eprintln!("{done} scenarios, {:.0} s", begun.elapsed().as_secs_f64());
@@ -109,7 +109,7 @@ fn campaign(args: &Args) -> Result<ExitCode> {
     let mut report = json!({
         "campaign": "sim",
         "commit": commit(),
-        "machine": machine(),
+        "machine": machine,
         "seed": args.seed,
         "seconds": seconds.round(),
         "seconds_of_cpu": cpu_seconds().round(),

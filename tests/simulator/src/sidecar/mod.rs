@@ -17,6 +17,8 @@ use std::{
     sync::Arc,
 };
 
+use pillion_core::{Action, CHUNK_BYTES, Core, Event, JobId, Limits, Role, SessionId, SsdLimits};
+
 use crate::{
     dice::mix,
     net::{Conn, Down, End, Next, Tables, Up},
@@ -27,7 +29,6 @@ use crate::{
 use checks::Accepted;
 use copies::Copy;
 use neighbours::Neighbour;
-use pillion_core::{Action, CHUNK_BYTES, Core, Event, JobId, Limits, Role, SessionId, SsdLimits};
 use sessions::Live;
 use tier::Tier;
 
@@ -44,7 +45,7 @@ pub(crate) struct Boot {
     pub(crate) pool: Rc<Pool>,
     tables: Tables,
     /// What the table must say, key by key; the table may lack some.
-    shown: BTreeMap<(Arc<str>, u128), u8>,
+    shown: BTreeMap<(Arc<str>, u64), u8>,
     sessions: BTreeMap<SessionId, Live>,
     copies: BTreeMap<u64, Copy>,
     next_copy: u64,
@@ -387,17 +388,17 @@ fn summary(action: &Action) -> u64 {
         }
         Action::SsdPut { token, offset, .. } => mix(*token ^ offset << 8),
         Action::SsdGet { token, offset, .. } => mix(*token ^ offset << 9),
-        Action::TableSet { key, tiers, .. } => index(*key) as u64 ^ u64::from(*tiers),
-        Action::TableRemove { key, .. } => index(*key) as u64,
+        Action::TableSet { key, tiers, .. } => index(*key) ^ u64::from(*tiers),
+        Action::TableRemove { key, .. } => index(*key),
         Action::AskNeighbours { questions } => questions.len() as u64 | 1 << 40,
         Action::Lent { records, .. } => records.iter().flatten().count() as u64 | 1 << 41,
         _ => 4,
     }
 }
 
-fn index(key: pillion_shm::presence::IndexKey) -> u128 {
+fn index(key: pillion_shm::presence::IndexKey) -> u64 {
     // It has no order of its own.
     let mut hasher = std::hash::DefaultHasher::new();
     std::hash::Hash::hash(&key, &mut hasher);
-    u128::from(std::hash::Hasher::finish(&hasher))
+    std::hash::Hasher::finish(&hasher)
 }
