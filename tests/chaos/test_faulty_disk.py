@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from chaos.conftest import World
-from chaos.engine import DONE, FakeEngine, Shape, Traffic, chain
+from chaos.engine import DONE, FAILED, FakeEngine, Shape, Traffic, chain
 from chaos.faulty_disk import FaultyDisk, mounted
 from chaos.sidecar import Sidecar, until
 from chaos.test_ssd import await_written, ssd
@@ -216,6 +216,60 @@ def test_a_slow_disk_is_not_waited_for(world: World, disk: FaultyDisk) -> None:
     # What has come by then is there.
     until(lambda: ssd(sidecar)["blocks_read"] > 0, "the slow reads", 20)
     until(lambda: loaded(reader, [prompt]) == 20, "all of it", 20)
+
+
+def prompt_on_a_slow_disk(
+    world: World, disk: FaultyDisk, **flags: Any
+) -> tuple[FakeEngine, list[bytes], Sidecar]:
+    """A prompt that takes longer to read than a lookup waits, though the disk brings a block now and then."""
+    sidecar = on(world, disk, ssd_engine="threads", ssd_wait_ms=100, **flags)
+    engine = world.engine(sidecar, "writer")
+    warm_up, prompt = chain("warm-up", 20), chain("a", 120)
+    for one in (warm_up, prompt):
+        engine.must_save(one)
+    await_written(sidecar, 140)
+    assert sidecar.terminate() == 0
+    sidecar.start()
+    reader = world.engine(sidecar, "reader")
+    until(lambda: reader.lookup(prompt) == 120, "the table")
+    disk.rule("read", "slow", 40, every=1)
+    until(lambda: loaded(reader, [warm_up]) == 20, "the pace of the disk", 20)
+    return reader, prompt, sidecar
+
+
+def test_a_load_begins_while_the_rest_of_its_prefix_is_read(world: World, disk: FaultyDisk) -> None:
+    reader, prompt, sidecar = prompt_on_a_slow_disk(world, disk, ssd_ahead_ms=10_000)
+    before = ssd(sidecar)["leases_ahead"]
+    assert len(reader.must_load(prompt).hashes) == 120, "by one lease"
+    assert ssd(sidecar)["leases_ahead"] == before + 1
+    sidecar.await_unleased()
+
+
+def test_without_reading_ahead_a_lease_is_what_has_been_read(world: World, disk: FaultyDisk) -> None:
+    reader, prompt, sidecar = prompt_on_a_slow_disk(world, disk, ssd_ahead_ms=0)
+    job = reader.load(prompt)
+    assert job is None or len(job.hashes) < 120
+    assert ssd(sidecar)["leases_ahead"] == 0 and ssd(sidecar)["leases_cut_short"] > 0
+    if job is not None:
+        reader.wait(job)
+    sidecar.await_unleased()
+
+
+@pytest.mark.parametrize("fault", ["errno", "slow"])
+def test_a_disk_that_fails_under_a_load_fails_the_load_only(
+    world: World, disk: FaultyDisk, fault: str
+) -> None:
+    """Promised, and then not brought: an error, or nothing for longer than a request is to wait."""
+    reader, prompt, sidecar = prompt_on_a_slow_disk(world, disk, ssd_ahead_ms=3000)
+    disk.well()
+    disk.rule("read", fault, EIO if fault == "errno" else 20_000, after=10, every=1)
+    job = reader.load(prompt, deadline_ms=30_000)
+    assert job is not None and len(job.hashes) == 120
+    assert reader.wait(job).outcome == FAILED and job.quiesced, "long before its deadline"
+    disk.well()
+    until(lambda: loaded(reader, [prompt]) > 0, "what it brought", 30)
+    reader.must_save(prompt)
+    sidecar.await_unleased()
 
 
 @pytest.mark.parametrize("what", ["read", "write", "sync"])

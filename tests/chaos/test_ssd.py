@@ -343,3 +343,32 @@ def test_cache_modes(world: World, disk: Path, mode: str) -> None:
     assert len(fresh.must_load(chain("b", 10)).hashes) == 10
     until(lambda: not ssd(writer)["writes_waiting"], "the writes")
     assert ssd(writer)["blocks_written"] == (0 if mode == "read_only" else 10)
+
+
+def test_each_engine_may_have_a_cache_mode_of_its_own(world: World, disk: Path) -> None:
+    sidecar = with_ssd(world, disk)
+    modes = ("write_through", "read_only", "write_back")
+
+    def engines(time: str) -> dict[str, FakeEngine]:
+        return {
+            mode: world.engine(sidecar, f"{mode}-{time}", model=mode, options={"cache_mode": mode})
+            for mode in modes
+        }
+
+    prompt = chain("a", 20)
+    first = engines("before")
+    first["write_back"].must_save(prompt)
+    await_written(sidecar, 20)
+    first["read_only"].must_save(prompt)
+    assert len(first["read_only"].must_load(prompt).hashes) == 20, "from the pool"
+    before = ssd(sidecar)["blocks_written"]
+    first["write_through"].must_save(prompt)
+    assert ssd(sidecar)["blocks_written"] == before + 20, "acknowledged when it is written"
+    with sidecar.stopped():
+        kill(sidecar)
+    sidecar.start()
+    again = engines("after")
+    assert len(again["write_through"].must_load(prompt).hashes) == 20
+    assert len(again["write_back"].must_load(prompt).hashes) == 20
+    assert again["read_only"].load(prompt) is None, "it was never written"
+    sidecar.await_unleased()
