@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,8 +24,8 @@ WAYS = ("memfd", "memfd", "process_vm")
 class Victims:
     """Engines that can be killed. They fight with one sidecar."""
 
-    def __init__(self, sidecar: Sidecar) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    def __init__(self, sidecar: Sidecar, surroundings: Mapping[str, str] | None = None) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(surroundings or {})}
         code = [sys.executable, str(VICTIM), str(sidecar.socket)]
         self.process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 

@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable
 
-from chaos.sidecar import ended
 from e2e.harness import Answer, Sidecar, until
 from e2e.load import CLIENTS, Load
 from e2e.prompts import SOAK
@@ -27,15 +26,15 @@ def killed(sidecar: Sidecar, chance: random.Random) -> None:
 
 def killed_twice(sidecar: Sidecar, chance: random.Random) -> None:
     """Again while it starts."""
-    first = sidecar.kill_worker()
-    until(lambda: sidecar.worker_pid != first and not ended(sidecar.worker_pid), sidecar.explain)
+    sidecar.kill_worker()
+    sidecar.living_worker()
     time.sleep(chance.uniform(0, 0.1))
     sidecar.kill_worker()
 
 
 def replaced(sidecar: Sidecar, chance: random.Random) -> None:
     """Worker and supervisor, and another pair by hand."""
-    worker, supervisor = sidecar.worker_pid, sidecar.supervisor_pid
+    worker, supervisor = sidecar.living_worker(), sidecar.supervisor_pid
     os.kill(supervisor, signal.SIGKILL)
     os.kill(worker, signal.SIGKILL)
     time.sleep(chance.uniform(0, 0.5))
