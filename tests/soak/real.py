@@ -6,8 +6,10 @@ import argparse
 import os
 import random
 import signal
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from e2e.harness import Answer, Sidecar, until
 from e2e.load import CLIENTS, Load
@@ -15,56 +17,56 @@ from e2e.prompts import SOAK
 from e2e.world import MARGIN, Checker, World
 from soak.report import Report, spread
 
-Fault = Callable[[Sidecar, random.Random], None]
-SETTLE_SECONDS = 3.0
+SETTLE_SECONDS = 2.0
 """After a fault the sidecar has at most so long for itself."""
 
 
-def killed(sidecar: Sidecar, chance: random.Random) -> None:
-    sidecar.kill_worker()
+@dataclass
+class Faults:
+    """What happens to the sidecar. It has an SSD, so that engines find something after each of them."""
 
+    sidecar: Sidecar
+    ssd: str
+    chance: random.Random
 
-def killed_twice(sidecar: Sidecar, chance: random.Random) -> None:
-    """Again while it starts."""
-    sidecar.kill_worker()
-    sidecar.living_worker()
-    time.sleep(chance.uniform(0, 0.1))
-    sidecar.kill_worker()
+    def killed(self) -> None:
+        self.sidecar.kill_worker()
 
+    def killed_twice(self) -> None:
+        """Again while it starts."""
+        self.sidecar.kill_worker()
+        self.sidecar.living_worker()
+        time.sleep(self.chance.uniform(0, 0.1))
+        self.sidecar.kill_worker()
 
-def replaced(sidecar: Sidecar, chance: random.Random) -> None:
-    """Worker and supervisor, and another pair by hand."""
-    worker, supervisor = sidecar.living_worker(), sidecar.supervisor_pid
-    os.kill(supervisor, signal.SIGKILL)
-    os.kill(worker, signal.SIGKILL)
-    time.sleep(chance.uniform(0, 0.5))
-    sidecar.launch()
+    def replaced(self) -> None:
+        """Worker and supervisor, and another pair by hand."""
+        worker, supervisor = self.sidecar.living_worker(), self.sidecar.supervisor_pid
+        os.kill(supervisor, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(self.chance.uniform(0, 0.5))
+        self.sidecar.launch(f"--ssd={self.ssd}")
 
+    def paused(self) -> None:
+        with self.sidecar.stopped():
+            time.sleep(self.chance.uniform(0.05, 3))
 
-def paused(sidecar: Sidecar, chance: random.Random) -> None:
-    with sidecar.stopped():
-        time.sleep(chance.uniform(0.05, 3))
-
-
-FAULTS: dict[str, tuple[Fault, int]] = {
-    "killed": (killed, 6),
-    "killed_twice": (killed_twice, 2),
-    "replaced": (replaced, 2),
-    "paused": (paused, 6),
-}
-"""With how often each comes."""
+    def draw(self) -> tuple[str, Callable[[], None]]:
+        kinds = (self.killed, self.killed_twice, self.replaced, self.paused)
+        (kind,) = self.chance.choices(kinds, (6, 2, 2, 6))
+        return kind.__name__, kind
 
 
 def campaign(report: Report, args: argparse.Namespace) -> None:
     world = World()
     try:
-        work(world, report, args.runs)
+        with tempfile.TemporaryDirectory(dir=args.dir) as disk:
+            work(world, report, args.runs, f"{disk}/ssd=1GiB")
     finally:
         world.close()
 
 
-def work(world: World, report: Report, runs: int) -> None:
-    chance = random.Random(report.seed)
+def work(world: World, report: Report, runs: int, ssd: str) -> None:
     references = world.reference(prompts=SOAK)
     # Where two tokens are equally likely, another order of summation may choose the other one.
     prompts = [one for one in SOAK if (references[one.name].gap or 0) > MARGIN]
@@ -76,29 +78,28 @@ def work(world: World, report: Report, runs: int) -> None:
         num_gpu_blocks_override=72,
         max_model_len=1024,
         extra={"max_hold_fraction": 0.5},
+        environment={"PILLION_SSD": ssd},
     )
-    counts = dict.fromkeys(FAULTS, 0)
+    faults = Faults(sidecar, ssd, random.Random(report.seed))
+    counts: dict[str, int] = {}
     answers: list[Answer] = []
-    took: list[float] = []
 
     def take(load: Load) -> None:
         """Compares what has been answered since."""
         while load.answers:
-            answer = load.answers.pop()
-            answers.append(answer)
-            took.append(answer.took * 1e3)
-            check(answer)
+            answers.append(load.answers.pop())
+            check(answers[-1])
 
     load = Load(engine, prompts)
     try:
-        until(lambda: len(load.answers) >= CLIENTS or load.errors, engine.explain, 60)
+        until(lambda: len(load.answers) >= len(prompts) or load.errors, engine.explain, 120)
         while sum(counts.values()) < runs and report.failed < 20 and not load.errors:
-            name = chance.choices(list(FAULTS), [weight for _, weight in FAULTS.values()])[0]
-            counts[name] += 1
+            name, fault = faults.draw()
+            counts[name] = counts.get(name, 0) + 1
 
-            def one(name: str = name) -> None:
-                FAULTS[name][0](sidecar, chance)
-                time.sleep(chance.uniform(0, SETTLE_SECONDS))
+            def one(fault: Callable[[], None] = fault) -> None:
+                fault()
+                time.sleep(faults.chance.uniform(0, SETTLE_SECONDS))
                 take(load)
 
             report.attempt(report.seed, one)
@@ -107,13 +108,12 @@ def work(world: World, report: Report, runs: int) -> None:
     finally:
         report.attempt(report.seed, load.stop)
     report.attempt(report.seed, lambda: take(load))
-    left = 0
+    held = -1
 
     def nothing_left() -> None:
-        nonlocal left
-        left = -1
+        nonlocal held
         engine.quiet()
-        left = engine.counters()["unquiesced"]
+        held = engine.counters()["unquiesced"]
         # vLLM refuses this while any block is held.
         engine.forget()
         check(*engine.ask_all(prompts[:CLIENTS]))
@@ -129,6 +129,6 @@ def work(world: World, report: Report, runs: int) -> None:
         "preemptions": sum(answer.preemptions for answer in answers),
         "wrong_answers": sum("plain vLLM answers" in text for text in report.failures),
         "hung_requests": sum("no answer within" in text for text in report.failures),
-        "blocks_held_at_the_end": left,
-        "request_ms": spread(took),
+        "blocks_held_at_the_end": held,
+        "request_ms": spread([answer.took * 1e3 for answer in answers]),
     }
