@@ -434,8 +434,11 @@ impl Core {
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
-    pub(crate) fn check_invariants(&self) {
+    ///
+    /// # Panics
+    /// Where it does not.
+    #[cfg(any(test, feature = "checked"))]
+    pub fn check_invariants(&self) {
         self.store.check();
         self.check_waits();
         self.neighbours.check(&self.store.borrowed());

@@ -113,4 +113,6 @@ macro_rules! replays {
     };
 }
 
-replays! { frames message ssd_format ssd_recovery packing layout registration }
+replays! {
+    frames message ssd_format ssd_recovery packing layout registration core_events shm config http client attach
+}
