@@ -138,7 +138,13 @@ impl Link {
     /// One connection on this very thread, from the hello to the end of what the peer has sent; `look` comes before the
     /// loss of it is told.
     #[cfg(feature = "hostile")]
-    pub(crate) fn once(&self, options: Options, half: Arc<dyn Half>, socket: OwnedFd, look: impl FnOnce()) -> String {
+    pub(crate) fn once(
+        &self,
+        options: Options,
+        half: Arc<dyn Half>,
+        socket: OwnedFd,
+        look: impl FnOnce(),
+    ) -> String {
         let (outbox, health) = (Arc::clone(&self.outbox), Arc::clone(&self.health));
         let launcher = Launcher::new(Vec::new());
         let mut runner = Runner { options, half, outbox, health, launcher };

@@ -130,7 +130,11 @@ impl SchedulerClient {
     /// # Errors
     /// Where the process has no file descriptors left.
     #[cfg(feature = "hostile")]
-    pub fn once(options: Options, socket: OwnedFd, look: impl FnOnce(&Self)) -> std::io::Result<(Self, String)> {
+    pub fn once(
+        options: Options,
+        socket: OwnedFd,
+        look: impl FnOnce(&Self),
+    ) -> std::io::Result<(Self, String)> {
         let shared = Self::shared(&options);
         let link = Link { outbox: Arc::new(Outbox::new()?), health: Arc::clone(&shared.health) };
         let client = Self { shared, link };

@@ -299,7 +299,7 @@ impl World {
     fn job(&mut self, c: &mut Cursor<'_>) {
         let (session, n) = self.session(c);
         let job = JobId([c.byte() % 12; 16]);
-        let deadline_ns = self.now + if c.rarely() { c.number() } else { 2 * SECOND };
+        let deadline_ns = self.now.saturating_add(if c.rarely() { c.number() } else { 2 * SECOND });
         let event = c.rarely().then(|| c.number32());
         // Only sessions that are there are answered.
         let there = self.core.sessions().any(|view| view.session == session);
