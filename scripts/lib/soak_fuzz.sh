@@ -12,7 +12,7 @@ soak_fuzz() {
     need_python
     cargo +nightly --version >/dev/null 2>&1 ||
         die "expected a nightly Rust toolchain, which libFuzzer's coverage needs, found none: run 'rustup toolchain install nightly', then run this again"
-    locked cargo-fuzz cargo_fuzz
+    cargo fuzz --version >/dev/null 2>&1 || locked cargo-fuzz cargo_fuzz
     local host args=("$@") i
     host=$(rustc +nightly -vV | sed -n 's/^host: //p')
     for ((i = 0; i < ${#args[@]}; i++)); do
