@@ -225,11 +225,7 @@ impl Core {
             Event::OpenNamespace { session, request, namespace, epoch } => {
                 self.open_namespace(session, request, namespace, &epoch, actions);
             }
-            Event::Registered { session, registration } => {
-                if let Some(session) = self.sessions.get_mut(&session) {
-                    session.registration = Some(registration);
-                }
-            }
+            Event::Registered { session, registration } => self.registered(session, registration, actions),
             Event::Unregister { session, request } => self.unregister(session, request, actions),
             Event::Lease { session, request, runs, hashes } => {
                 self.lease(session, request, &runs, &hashes, now_ns, actions);
@@ -347,6 +343,17 @@ impl Core {
         self.if_idle(id, actions);
     }
 
+    /// Memory that takes the place of other memory: jobs that were submitted for that are given up. A piece of a load
+    /// that is still to come would be copied by the new memory's layout, which may say that its record is longer.
+    fn registered(&mut self, id: SessionId, registration: Registration, actions: &mut Vec<Action>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if session.registration.replace(registration).is_some() {
+            session.registrations += 1;
+            session.leaving = session.jobs;
+            self.give_up_jobs(id, false, actions);
+        }
+    }
+
     fn unregister(&mut self, id: SessionId, request: u64, actions: &mut Vec<Action>) {
         let Some(session) = self.sessions.get_mut(&id) else { return };
         session.registration = None;
@@ -434,8 +441,11 @@ impl Core {
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
-    pub(crate) fn check_invariants(&self) {
+    ///
+    /// # Panics
+    /// Where it does not.
+    #[cfg(any(test, feature = "checked"))]
+    pub fn check_invariants(&self) {
         self.store.check();
         self.check_waits();
         self.neighbours.check(&self.store.borrowed());

@@ -173,7 +173,7 @@ pub enum Event {
         /// Empty or 16 bytes.
         epoch: Vec<u8>,
     },
-    /// A worker's memory is mapped and its canary was right.
+    /// A worker's memory is mapped and its canary was right. Jobs of memory that it presented before are given up.
     Registered {
         /// Who.
         session: SessionId,

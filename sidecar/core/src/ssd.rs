@@ -400,7 +400,7 @@ impl Ssd {
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(crate) fn check(&self) {
         assert_eq!(self.hidden_count, self.hidden.values().map(BTreeMap::len).sum::<usize>());
         assert!(self.index.len() + self.hidden_count <= self.limits.records_max);

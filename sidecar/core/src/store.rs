@@ -483,7 +483,7 @@ impl Store {
     }
 
     /// Borrowed records by their borrow; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(crate) fn borrowed(&self) -> HashMap<u64, usize> {
         let mut found = HashMap::new();
         for record in self.arena.iter().flatten() {
@@ -495,7 +495,7 @@ impl Store {
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(crate) fn check(&self) {
         let mut used = 0;
         let mut pinned = 0;

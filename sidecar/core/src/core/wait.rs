@@ -248,7 +248,7 @@ impl Core {
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(super) fn check_waits(&self) {
         let mut bytes = 0;
         for wait in self.waits.values() {

@@ -561,6 +561,29 @@ fn a_load_that_waits_for_the_disk_is_given_up_at_once() {
     }
 }
 
+/// Groups of the new memory may have other lengths: with them, what lies behind a record would be copied with it.
+#[test]
+fn what_a_load_still_waits_for_is_not_copied_into_memory_that_was_presented_since() {
+    for ended in [false, true] {
+        let (mut rig, engine, request) = ahead();
+        let load = rig.load(&engine, rig.leased[&request].0, 0, 0..6);
+        rig.get(None);
+        assert_eq!(rig.copies.len(), 1, "its first block is being copied");
+        if ended {
+            rig.copied();
+        }
+        let longer = Registration { num_blocks: 64, groups: vec![group("m", 4 * RECORD)], cache_mode: None };
+        rig.apply(Event::Registered { session: engine.worker, registration: longer });
+        rig.get_all();
+        assert_eq!(rig.copies.len(), usize::from(!ended), "nothing more is copied");
+        if !ended {
+            rig.copied();
+        }
+        assert_eq!(rig.last(), (load, Outcome::Cancelled, true, 0));
+        assert_eq!(rig.core.counters().jobs, 0);
+    }
+}
+
 #[test]
 fn a_slow_disk_is_promised_for_no_further_than_it_reaches() {
     let mut rig = rig(16);
