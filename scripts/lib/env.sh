@@ -167,6 +167,18 @@ cargo_deny() {
     rm -rf "$ROOT/target/cargo-deny"
 }
 
+# Puts cargo-fuzz under .venv/cargo-tools, unless the machine has it.
+CARGO_FUZZ=0.13.2
+cargo_fuzz() {
+    local stamp=$VENVS/cargo-tools/.cargo-fuzz
+    if cargo fuzz --version >/dev/null 2>&1 || [[ -f $stamp && $(<"$stamp") == "$CARGO_FUZZ" ]]; then return 0; fi
+    quiet cargo-fuzz "building cargo-fuzz (about a minute, once)" \
+        env CARGO_PROFILE_DEV_DEBUG=0 CARGO_TARGET_DIR="$ROOT/target/cargo-fuzz" \
+        cargo install --locked --debug --force --root "$VENVS/cargo-tools" --version "$CARGO_FUZZ" cargo-fuzz
+    rm -rf "$ROOT/target/cargo-fuzz"
+    printf '%s' "$CARGO_FUZZ" >"$stamp"
+}
+
 # The wheel that scripts/build-wheel made last.
 newest_wheel() {
     local wheels=("$ROOT"/target/wheels/pillion-*.whl)

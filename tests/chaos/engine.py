@@ -146,7 +146,7 @@ class FakeEngine:
     call_seconds: float = CALL_SECONDS
     launch: Sequence[str] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, int] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     """Of the registration."""
 
     def __post_init__(self) -> None:

@@ -189,21 +189,31 @@ class Sidecar:
             else self.pid_of(f"{self.device}.supervisor.pid")
         )
 
+    def living_worker(self) -> int:
+        """Its pid; waits for one that is being started."""
+
+        def living() -> int:
+            pid = self.worker_pid
+            return 0 if ended(pid) else pid
+
+        pid: int = until(living, lambda: f"a worker that lives\n{self.explain()}", READY_SECONDS)
+        return pid
+
     def kill_worker(self) -> int:
         """SIGKILL. Says which process that was."""
-        pid = self.worker_pid
+        pid = self.living_worker()
         os.kill(pid, signal.SIGKILL)
         return pid
 
     @contextmanager
     def stopped(self, *, supervisor: bool = True) -> Iterator[int]:
         """SIGSTOP, and SIGCONT at the end. Gives the worker's pid."""
-        worker = self.worker_pid
+        worker = self.living_worker()
         stopped = ([self.supervisor_pid] if supervisor else []) + [worker]
-        for pid in stopped:
-            os.kill(pid, signal.SIGSTOP)
-        until(lambda: all(process_state(pid) in "TZX" for pid in stopped), "the processes to stop")
         try:
+            for pid in stopped:
+                os.kill(pid, signal.SIGSTOP)
+            until(lambda: all(process_state(pid) in "TZX" for pid in stopped), "the processes to stop")
             yield worker
         finally:
             for pid in reversed(stopped):

@@ -5,40 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
+from chaos.campaigns import Victims, engine_kills, leftovers
 from chaos.conftest import World
 from chaos.engine import CANCELLED, DONE, FAILED, Traffic, chain
 from chaos.sidecar import Sidecar, ended, until
-
-VICTIM = Path(__file__).with_name("victim.py")
-
-
-class Victims:
-    """Engines that can be killed. They fight with one sidecar."""
-
-    def __init__(self, sidecar: Sidecar) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        code = [sys.executable, str(VICTIM), str(sidecar.socket)]
-        self.process = subprocess.Popen(code, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-
-    def spawn(self, *engines: tuple[str, int, str]) -> list[int]:
-        """(name, seed, way) each; their pids when all of them work, in no order."""
-        assert self.process.stdin and self.process.stdout
-        for name, seed, way in engines:
-            self.process.stdin.write(f"{name} {seed} {way}\n".encode())
-        self.process.stdin.flush()
-        return [int(self.process.stdout.readline()) for _ in engines]
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
@@ -54,54 +29,13 @@ def victims() -> Iterator[Callable[[Sidecar], Victims]]:
         each.close()
 
 
-def leftovers(sidecar: Sidecar, names: list[str]) -> str:
-    """What the sidecar still has of these engines; "" if nothing."""
-    status = sidecar.status()
-    found = [f"session {s}" for s in status["sessions"] if s["engine_id"] in names]
-    maps = Path(f"/proc/{sidecar.worker_pid}/maps").read_text()
-    found += [f"mapping of {name}" for name in names if f"kv-{name} " in maps or f"kv-{name}\n" in maps]
-    if status["jobs"]["running"] or status["leases"]["held"] or status["pool"]["leased_bytes"]:
-        found.append(f"jobs {status['jobs']}, leases {status['leases']}, pool {status['pool']}")
-    return "; ".join(found)
-
-
 Make = Callable[[Sidecar], Victims]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_an_engine_killed_at_any_point_leaves_nothing_behind(world: World, victims: Make, seed: int) -> None:
+def test_an_engine_killed_at_any_point_leaves_nothing_behind(world: World, seed: int) -> None:
     """30 kills a seed. Its memfd is unmapped, its leases and jobs are gone, and what is served is right."""
-    chance = random.Random(seed)
-    sidecar = world.sidecar(host_pool="16MiB")
-    reader = world.engine(sidecar, "reader")
-    zoo = victims(sidecar)
-    prompts = Traffic(reader, 0).prompts
-    killed = 0
-    for batch in range(10):
-        names = [f"victim-{seed}-{batch}-{index}" for index in range(3)]
-        ways = ["memfd", "memfd", "process_vm"]
-        pids = zoo.spawn(
-            *((name, chance.randrange(10**6), way) for name, way in zip(names, ways, strict=True))
-        )
-        maps = Path(f"/proc/{sidecar.worker_pid}/maps").read_text()
-        for name, way in zip(names, ways, strict=True):
-            assert (f"kv-{name} " in maps) == (way == "memfd"), "mapped while it lives"
-        for pid in pids:
-            time.sleep(chance.uniform(0, 0.05))
-            assert not ended(pid), "it ended before it was killed"
-            os.kill(pid, signal.SIGKILL)
-            killed += 1
-        gone = time.monotonic()
-        while rest := leftovers(sidecar, names):
-            assert time.monotonic() < gone + 3, rest
-        for prompt in prompts:
-            if count := reader.lookup(prompt):
-                assert len(reader.must_load(prompt).hashes) == count
-        sidecar.await_unleased()
-    assert killed == 30
-    status = sidecar.status()
-    assert status["tiers"][0]["blocks_saved"] > 0 and status["jobs"]["loads"]["done"] > 0
-    assert status["faults"]["checksum_failures"] == 0
+    assert engine_kills(world, seed).kills == 30
 
 
 def test_an_engine_killed_while_the_sidecar_is_stopped_is_cleaned_up_afterwards(

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chaos.conftest import World
-from chaos.engine import DONE, FakeEngine, Shape, Traffic, chain
+from chaos.engine import DONE, FAILED, FakeEngine, Shape, Traffic, chain
 from chaos.faulty_disk import FaultyDisk, mounted
 from chaos.sidecar import Sidecar, until
 from chaos.test_ssd import await_written, ssd
@@ -25,6 +25,8 @@ SMALL = Shape(layers=2, heads=2, states=16, content=64)
 """Records of one sector."""
 LONG = os.environ.get("PILLION_SOAK") == "1"
 EIO, ENOSPC = 5, 28
+Count = Callable[[str, object], None]
+"""Adds to what `scripts/soak ssd-faults` reports."""
 
 
 @pytest.fixture
@@ -66,7 +68,9 @@ def loaded(engine: FakeEngine, prompts: list[list[bytes]]) -> int:
 
 
 @pytest.mark.parametrize("part", ["header", "payload", "commit"])
-def test_a_bit_that_rots_is_detected(world: World, disk: FaultyDisk, part: str) -> None:
+def test_a_bit_that_rots_is_detected(
+    world: World, disk: FaultyDisk, part: str, record_property: Count
+) -> None:
     """Another bit in each record: of every bit of what a header says, or of any other place."""
     chance = random.Random(part)
     bits = list(range(512 * 8)) if LONG and part == "header" else chance.sample(range(512 * 8), 256)
@@ -94,16 +98,21 @@ def test_a_bit_that_rots_is_detected(world: World, disk: FaultyDisk, part: str) 
         assert found == len(prompts)
         return
     assert found == 0, "every bit counts"
+    record_property(f"bits_rotten_in_{part}", len(bits))
+    record_property(f"bits_detected_in_{part}", ssd(sidecar)["blocks_corrupt"])
     assert ssd(sidecar)["blocks_corrupt"] == len(prompts), "detected / injected"
 
 
 @pytest.mark.parametrize("mode", ["write_back", "write_through"])
 @pytest.mark.parametrize("how", ["first", "some", "lose"])
-def test_a_power_cut_tears_what_was_not_synced(world: World, disk: FaultyDisk, mode: str, how: str) -> None:
+def test_a_power_cut_tears_what_was_not_synced(
+    world: World, disk: FaultyDisk, mode: str, how: str, record_property: Count
+) -> None:
     """In every prefix, or in any order: what is there is right, and what was acknowledged as durable is there."""
     sidecar = on(world, disk, ssd_cache_mode=mode)
     saved: list[list[bytes]] = []
     runs = (200 if LONG else 12) if how != "lose" else 3
+    record_property(f"power_cuts_{mode}_{how}", runs)
     chance = random.Random(how)
     for run in range(runs):
         engine = world.engine(sidecar, f"writer-{run}")
@@ -150,7 +159,9 @@ FAULTS: dict[str, tuple[str, str, int]] = {
 
 @pytest.mark.parametrize("io", ["auto", "threads"])
 @pytest.mark.parametrize("name", FAULTS)
-def test_no_wrong_byte_whatever_the_disk_does(world: World, disk: FaultyDisk, name: str, io: str) -> None:
+def test_no_wrong_byte_whatever_the_disk_does(
+    world: World, disk: FaultyDisk, name: str, io: str, record_property: Count
+) -> None:
     """A working set larger than the pool, faults now and then, and a restart in the middle."""
     sidecar = on(world, disk, host_pool="2MiB", ssd_engine=io)
     engine = world.engine(sidecar)
@@ -170,6 +181,7 @@ def test_no_wrong_byte_whatever_the_disk_does(world: World, disk: FaultyDisk, na
     engine.await_again(before, 30)
     run()
     injected = disk.status()["injected"]
+    record_property(f"faults_under_load: {name}", injected)
     disk.well()
     run()
     engine.settle()
@@ -178,7 +190,9 @@ def test_no_wrong_byte_whatever_the_disk_does(world: World, disk: FaultyDisk, na
     assert status["faults"]["identity_mismatches"] == status["faults"]["protocol_errors"] == 0
 
 
-def test_a_flipped_bit_is_detected_at_every_read(world: World, disk: FaultyDisk) -> None:
+def test_a_flipped_bit_is_detected_at_every_read(
+    world: World, disk: FaultyDisk, record_property: Count
+) -> None:
     sidecar = on(world, disk)
     engine = world.engine(sidecar, "writer")
     prompts = [chain(f"flip-{index}", 1) for index in range(60)]
@@ -193,6 +207,8 @@ def test_a_flipped_bit_is_detected_at_every_read(world: World, disk: FaultyDisk)
     disk.rule("read", "flip", (SECTOR + 777) * 8, every=1)
     assert loaded(reader, prompts) == 0
     injected = disk.status()["injected"] - before
+    record_property("bits_flipped_by_reads", injected)
+    record_property("bits_flipped_and_detected", ssd(sidecar)["blocks_corrupt"])
     assert ssd(sidecar)["blocks_corrupt"] == injected == 60, "detected / injected"
     disk.well()
     assert loaded(reader, prompts) == 0, "who was found wrong once is not asked again"
@@ -218,11 +234,66 @@ def test_a_slow_disk_is_not_waited_for(world: World, disk: FaultyDisk) -> None:
     until(lambda: loaded(reader, [prompt]) == 20, "all of it", 20)
 
 
+def prompt_on_a_slow_disk(
+    world: World, disk: FaultyDisk, **flags: Any
+) -> tuple[FakeEngine, list[bytes], Sidecar]:
+    """A prompt that takes longer to read than a lookup waits, though the disk brings a block now and then."""
+    sidecar = on(world, disk, ssd_engine="threads", ssd_wait_ms=100, **flags)
+    engine = world.engine(sidecar, "writer")
+    warm_up, prompt = chain("warm-up", 20), chain("a", 120)
+    for one in (warm_up, prompt):
+        engine.must_save(one)
+    await_written(sidecar, 140)
+    assert sidecar.terminate() == 0
+    sidecar.start()
+    reader = world.engine(sidecar, "reader")
+    until(lambda: reader.lookup(prompt) == 120, "the table")
+    disk.rule("read", "slow", 40, every=1)
+    until(lambda: loaded(reader, [warm_up]) == 20, "the pace of the disk", 20)
+    return reader, prompt, sidecar
+
+
+def test_a_load_begins_while_the_rest_of_its_prefix_is_read(world: World, disk: FaultyDisk) -> None:
+    reader, prompt, sidecar = prompt_on_a_slow_disk(world, disk, ssd_ahead_ms=10_000)
+    before = ssd(sidecar)["leases_ahead"]
+    assert len(reader.must_load(prompt).hashes) == 120, "by one lease"
+    assert ssd(sidecar)["leases_ahead"] == before + 1
+    sidecar.await_unleased()
+
+
+def test_without_reading_ahead_a_lease_is_what_has_been_read(world: World, disk: FaultyDisk) -> None:
+    reader, prompt, sidecar = prompt_on_a_slow_disk(world, disk, ssd_ahead_ms=0)
+    job = reader.load(prompt)
+    assert job is None or len(job.hashes) < 120
+    assert ssd(sidecar)["leases_ahead"] == 0 and ssd(sidecar)["leases_cut_short"] > 0
+    if job is not None:
+        reader.wait(job)
+    sidecar.await_unleased()
+
+
+@pytest.mark.parametrize("fault", ["errno", "slow"])
+def test_a_disk_that_fails_under_a_load_fails_the_load_only(
+    world: World, disk: FaultyDisk, fault: str
+) -> None:
+    """Promised, and then not brought: an error, or nothing for longer than a request is to wait."""
+    reader, prompt, sidecar = prompt_on_a_slow_disk(world, disk, ssd_ahead_ms=3000)
+    disk.well()
+    disk.rule("read", fault, EIO if fault == "errno" else 20_000, after=10, every=1)
+    job = reader.load(prompt, deadline_ms=30_000)
+    assert job is not None and len(job.hashes) == 120
+    assert reader.wait(job).outcome == FAILED and job.quiesced, "long before its deadline"
+    disk.well()
+    until(lambda: loaded(reader, [prompt]) > 0, "what it brought", 30)
+    reader.must_save(prompt)
+    sidecar.await_unleased()
+
+
 @pytest.mark.parametrize("what", ["read", "write", "sync"])
-def test_the_nth_operation_fails(world: World, disk: FaultyDisk, what: str) -> None:
+def test_the_nth_operation_fails(world: World, disk: FaultyDisk, what: str, record_property: Count) -> None:
     """Save, evict, load, restart, load; each time another operation fails, from the first to the last."""
     counts = {"read": 40, "write": 24, "sync": 8}
     chosen = range(counts[what]) if LONG else random.Random(what).sample(range(counts[what]), 5)
+    record_property(f"nth_{what}_failed", len(chosen))
     sidecar = on(world, disk, host_pool="2MiB", ssd=f"{disk.place}=8MiB")
     for run, number in enumerate(sorted(chosen)):
         engine = world.engine(sidecar, f"engine-{run}")

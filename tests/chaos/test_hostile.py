@@ -306,6 +306,7 @@ HOSTILE_REGISTRATIONS: dict[str, tuple[dict[str, wire.Field], bytes]] = {
     "more fields than there are": ({"group_fields": wire.u32(2)}, b"1 to 256 namespace fields"),
     "fewer fields than there are": ({"keys": ["a", "b"], "values": ["a", "b"]}, b"and no more"),
     "a field without a value": ({"values": []}, b"1 to 256 namespace fields"),
+    "a cache mode that there is not": ({"cache_mode": "write-back"}, b"cache mode of write_back"),
     "no fields": ({"keys": [], "values": [], "group_fields": wire.u32(0)}, b"1 to 256 namespace fields"),
     "one namespace for two groups": (
         {

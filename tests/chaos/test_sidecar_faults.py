@@ -10,16 +10,10 @@ import time
 
 import pytest
 
+from chaos.campaigns import recovers, sidecar_kills
 from chaos.conftest import World
-from chaos.engine import CANCELLED, DONE, FAILED, FakeEngine, Traffic, chain
+from chaos.engine import CANCELLED, DONE, FAILED, Traffic, chain
 from chaos.sidecar import ended, process_state, until
-
-
-def recovers(engine: FakeEngine, name: str) -> None:
-    """Saves and loads work, with what was never there before."""
-    prompt = chain(f"{engine.name}/{name}", 10)
-    assert engine.must_save(prompt).blocks_done == 10
-    assert len(engine.must_load(prompt).hashes) == 10
 
 
 def test_an_absent_sidecar_is_a_miss_until_it_comes(world: World) -> None:
@@ -44,37 +38,7 @@ def test_an_absent_sidecar_is_a_miss_until_it_comes(world: World) -> None:
 @pytest.mark.parametrize("seed", [11, 12, 13])
 def test_a_killed_worker_costs_jobs_but_no_bytes_at_any_point(world: World, seed: int) -> None:
     """12 kills a seed, at random points, under load of both ways of memory."""
-    chance = random.Random(seed)
-    sidecars = [world.sidecar() for _ in range(4)]
-    engines = [
-        world.engine(sidecar, way=way, name=f"{way}-{index}")
-        for index, sidecar in enumerate(sidecars)
-        for way in ("memfd", "process_vm")
-    ]
-    traffics = [Traffic(engine, seed * 100 + index, prompts=12) for index, engine in enumerate(engines)]
-    kills = {sidecar.socket: 0 for sidecar in sidecars}
-    for _ in range(3):
-        before = [engine.attaches() for engine in engines]
-        # Each sidecar is killed somewhere in the next 300 ms, while all engines work.
-        begun = time.monotonic()
-        plan = sorted((chance.uniform(0, 0.3), index) for index in range(len(sidecars)))
-        while plan or not all(engine.ready() for engine in engines):
-            if plan and time.monotonic() > begun + plan[0][0]:
-                sidecar = sidecars[plan.pop(0)[1]]
-                sidecar.kill_worker()
-                kills[sidecar.socket] += 1
-            for traffic in traffics:
-                traffic.step()
-            assert time.monotonic() < begun + 15, "an engine does not come back"
-        for engine, then in zip(engines, before, strict=True):
-            engine.await_again(then)
-            recovers(engine, f"round-{before}")
-    for engine in engines:
-        engine.settle()
-        lost = engine.worker.counters()
-        assert lost["losses"] >= 3 and lost["unquiesced"] == 0
-    for sidecar in sidecars:
-        assert sidecar.status()["sidecar"]["worker_restarts"] == kills[sidecar.socket] == 3
+    assert sidecar_kills(world, seed).kills == 12
 
 
 def test_a_killed_supervisor_takes_its_worker_along_in_order(world: World) -> None:

@@ -120,6 +120,7 @@ def register(**changed: Field) -> bytes:
         "other_groups": None,
         "other_shards": None,
         "other_counts": None,
+        "cache_mode": None,
     }
     assert changed.keys() <= fields.keys(), "no such field"
     return table(*(fields | changed).values())

@@ -57,9 +57,9 @@ class Sidecar(ChaosSidecar):
     def __init__(self) -> None:
         super().__init__(host_pool="512MiB")
 
-    def launch(self) -> None:
+    def launch(self, *flags: str) -> None:
         """Starts one by hand, as a user or another engine would."""
-        done = self.command("serve", "--detach", "--host-pool=512MiB", "--http=off")
+        done = self.command("serve", "--detach", "--host-pool=512MiB", "--http=off", *flags)
         assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
     def idle(self) -> dict[str, Any]:

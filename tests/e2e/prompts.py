@@ -118,6 +118,10 @@ LOAD = {ill: several(f"load-{ill}", 12, 230, step=11, max_tokens=16) for ill in 
 AFTER = {ill: several(f"after-{ill}", 2, 300, step=40) for ill in ILLS}
 TIGHT = several("tight", 14, 330, step=9, max_tokens=72)
 
+SOAKED: Registry = {}
+SOAK = several("soak", 12, 230, step=31, max_tokens=12, registry=SOAKED)
+"""For campaigns: no test asks them."""
+
 # ---- engines that are killed, sidecars that come late, noise, other models
 
 VICTIMS = several("victim", 6, 640, step=-33, max_tokens=16)

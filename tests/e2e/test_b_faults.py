@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import pytest
 
-from e2e.harness import Answer, Engine, Sidecar, until
-from e2e.prompts import AFTER, LOAD, LONG, TIGHT, Prompt
+from e2e.harness import Engine, Sidecar, until
+from e2e.load import Load
+from e2e.prompts import AFTER, LOAD, LONG, TIGHT
 from e2e.world import REPORT, Checker, World
 
 BLOCKS = 72
 """Of the KV cache: a few requests fill it, so that requests are preempted and nothing stays for long."""
-CLIENTS = 4
 LOAD_DEADLINE = 2.0
 SLACK = 8.0
 """For a machine that others use too."""
@@ -46,51 +44,6 @@ def engine(world: World, sidecar: Sidecar) -> Iterator[Engine]:
     )
     yield engine
     engine.stop()
-
-
-@dataclass
-class Load:
-    """Clients that ask the same prompts over and over, each the next one when the last is answered."""
-
-    engine: Engine
-    prompts: list[Prompt]
-    answers: list[Answer] = field(default_factory=list)
-    errors: list[BaseException] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._client, args=(n,)) for n in range(CLIENTS)]
-        for thread in self._threads:
-            thread.start()
-
-    def _client(self, number: int) -> None:
-        turn = number * len(self.prompts) // CLIENTS
-        try:
-            while not self._stop.is_set():
-                self.answers.append(self.engine.ask(self.prompts[turn % len(self.prompts)]))
-                turn += 1
-        except BaseException as error:
-            self.errors.append(error)
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        if self.errors:
-            raise self.errors[0]
-
-    @property
-    def slowest(self) -> float:
-        return max(answer.took for answer in self.answers)
-
-    def report(self, name: str) -> str:
-        steps = sorted(b - a for one in self.answers for a, b in zip(one.times, one.times[1:], strict=False))
-        middle, late = steps[len(steps) // 2], steps[len(steps) * 99 // 100]
-        return (
-            f"{name}: {len(self.answers)} requests, {sum(bool(one.loaded) for one in self.answers)} loaded; "
-            f"slowest request {self.slowest:.2f} s; steps p50 {middle * 1e3:.0f} ms, p99 {late * 1e3:.0f} ms, "
-            f"longest {steps[-1] * 1e3:.0f} ms"
-        )
 
 
 def under_load(engine: Engine, name: str, fault: Callable[[], None]) -> Load:

@@ -68,6 +68,7 @@ class FakeNative:
     described: Any = None  # what `describe` was given, and the canaries that were compared since
     registered: Any = None  # the same, of what was registered
     live: bool = False  # registered, and not unregistered since
+    cache_mode: str | None = None  # what was asked for
     log: list[str] = field(default_factory=list)  # the order of what happens around registrations
     streams: list[tuple[str, int | None]] = field(
         default_factory=list
@@ -330,8 +331,9 @@ class FakeWorker:
         assert 0 <= group < len(self.native.described["groups"])
         self.native.described["canaries"].append((group, seed))
 
-    def register(self, events: int = 512) -> None:
+    def register(self, events: int = 512, cache_mode: str | None = None) -> None:
         self.native.called("register")
+        self.native.cache_mode = cache_mode
         self.native.log.append("register")
         assert not self.native.live, "registered twice"
         described = self.native.described

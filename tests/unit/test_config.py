@@ -38,6 +38,8 @@ def test_unknown_keys_are_named_with_the_known_ones() -> None:
         ("launch", "no"),
         ("tenant", None),
         ("layout", "NHD"),
+        ("cache_mode", "write-back"),
+        ("cache_mode", 1),
         ("load_deadline_ms", 0),
         ("load_deadline_ms", 1.5),
         ("save_deadline_ms", True),

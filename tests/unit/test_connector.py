@@ -54,6 +54,13 @@ def test_register_twice() -> None:
     assert KVConnectorFactory.get_connector_class_by_name("PillionConnector") is PillionConnector
 
 
+def test_the_cache_mode_is_the_sidecars_unless_it_is_given(make: Any, native: FakeNative) -> None:
+    for extra, told in (({}, None), ({"cache_mode": "write_through"}, "write_through")):
+        native.cache_mode, native.live = "nothing", False
+        make(extra=extra).register_kv_caches(make_tensors(make_kv_config(20)))
+        assert native.cache_mode == told
+
+
 def test_registration_says_where_the_cache_lies(make: Any, native: FakeNative) -> None:
     connector = make()
     kv = make_kv_config(20)

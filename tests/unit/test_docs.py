@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import faults
+
 ROOT = Path(__file__).parents[2]
 # "cuda `one`, `another`": the word says where to look.
-KINDS = re.compile(r"\b(core|cuda|ssd|sim|gpu-check) ((?:`[\w…-]+`(?:,\s+)?)+)")
+KINDS = re.compile(r"\b(core|cuda|ssd|sim|protocol|daemon|gpu-check) ((?:`[\w…-]+`(?:,\s+)?)+)")
 
 
 def sources(*patterns: str) -> str:
@@ -31,15 +33,24 @@ def test_every_test_that_the_documentation_names_exists() -> None:
         "cuda": sources("cuda/tests/*.rs", "cuda/**/src/**/*.rs"),
         "ssd": sources("sidecar/ssd/src/**/*.rs", "sidecar/ssd/tests/*.rs"),
         "sim": sources("tests/simulator/tests/*.rs"),
+        "protocol": sources("connector/protocol/src/*.rs", "connector/protocol/tests/*.rs"),
+        "daemon": sources("sidecar/daemon/src/**/*.rs", "sidecar/daemon/tests/*.rs"),
     }
     scenarios = sources("tests/gpu/gpu_check/scenarios.py")
-    found = {"core": 0, "cuda": 0, "ssd": 0, "sim": 0, "gpu-check": 0}
+    found = dict.fromkeys((*rust, "gpu-check"), 0)
     for kind, names in KINDS.findall(page):
         for name in re.findall(r"`([^`]+)`", names):
             there = has_scenario(scenarios, name) if kind == "gpu-check" else f"fn {name}(" in rust[kind]
             assert there, f"docs/ROBUSTNESS.md names a {kind} test that does not exist: {name}"
             found[kind] += 1
     assert found["core"] and found["ssd"] and found["sim"] and found["cuda"] > 10 and found["gpu-check"] > 10, found
+
+
+def test_the_table_of_faults_is_up_to_date() -> None:
+    text = faults.PAGE.read_text()
+    assert faults.page(text) == text, "expected the table that `python tests/faults.py` writes, got another"
+    numbers = [fault.number for fault in faults.FAULTS]
+    assert sorted([*numbers, *faults.LATER]) == list(range(1, 41)), "each number once"
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -135,6 +135,30 @@ impl Link {
         Self { outbox, health }
     }
 
+    /// One connection on this very thread, from the hello to the end of what the peer has sent; `look` comes before the
+    /// loss of it is told.
+    #[cfg(feature = "hostile")]
+    pub(crate) fn once(
+        &self,
+        options: Options,
+        half: Arc<dyn Half>,
+        socket: OwnedFd,
+        look: impl FnOnce(),
+    ) -> String {
+        let (outbox, health) = (Arc::clone(&self.outbox), Arc::clone(&self.health));
+        let launcher = Launcher::new(Vec::new());
+        let mut runner = Runner { options, half, outbox, health, launcher };
+        let (mut connection, heartbeat) = match runner.introduce(socket) {
+            Ok(attached) => attached,
+            Err(text) => return text,
+        };
+        let why = runner.serve(&mut connection, heartbeat);
+        look();
+        runner.outbox.close();
+        runner.half.lost(connection.bye, connection.process.take());
+        why
+    }
+
     pub(crate) fn close(&self) {
         self.health.stop.store(true, Ordering::Release);
         self.health.alive.store(false, Ordering::Release);
@@ -214,6 +238,11 @@ impl Runner {
                 return Err(format!("{}: {error}", self.options.socket.display()));
             }
         };
+        self.introduce(socket)
+    }
+
+    /// Says hello over a connected socket and takes in the answer.
+    fn introduce(&mut self, socket: OwnedFd) -> Result<(Connection, Duration), String> {
         let peer = pidfd::peer(&socket).map_err(|errno| format!("cannot tell who listens: {errno}"))?;
         let process = Process::open(peer.pid).ok();
         let socket = Arc::new(socket);

@@ -68,6 +68,7 @@ pub struct Registration {
     proved: Vec<bool>,
     /// The group whose canary block 0 holds, and its seed.
     canary: Option<(u32, u64)>,
+    cache_mode: Option<String>,
 }
 
 /// Why a registration is refused before any sidecar saw it.
@@ -128,7 +129,7 @@ impl Registration {
             of.other_shard(Rank { index: *shard, size: *shards })?;
         }
         let proved = vec![false; groups.len()];
-        Ok(Self { worker, others, groups, memory, proved, canary: None })
+        Ok(Self { worker, others, groups, memory, proved, canary: None, cache_mode: None })
     }
 
     /// Reads block 0 by a group's declared layout and compares it with the canary that the engine's own indexing has
@@ -252,7 +253,14 @@ impl Registration {
             other_groups: others(|other| other.group),
             other_shards: others(|other| other.shard),
             other_counts: others(|other| other.shards),
+            cache_mode: self.cache_mode.clone(),
         }
+    }
+
+    /// What an acknowledged save is to mean on a sidecar with an SSD, by its name; else what that is configured to.
+    #[must_use]
+    pub fn with_cache_mode(self, mode: Option<String>) -> Self {
+        Self { cache_mode: mode, ..self }
     }
 
     pub(crate) fn fds(&self) -> std::io::Result<Vec<OwnedFd>> {

@@ -207,17 +207,38 @@ impl WorkerClient {
     /// Where the process has no file descriptors left.
     pub fn new(options: Options) -> std::io::Result<Self> {
         let outbox = Arc::new(Outbox::new()?);
-        let health = Arc::new(Health::default());
-        let shared = Arc::new(Shared {
+        let shared = Self::shared(&options);
+        let (half, health) = (Arc::clone(&shared) as _, Arc::clone(&shared.health));
+        Ok(Self { shared, link: Link::start(options, half, outbox, health) })
+    }
+
+    /// One connection over this socket, on this thread: for tests of what a hostile sidecar can do. `look` is called
+    /// when everything has been read; the text says why the connection ended.
+    ///
+    /// # Errors
+    /// Where the process has no file descriptors left.
+    #[cfg(feature = "hostile")]
+    pub fn once(
+        options: Options,
+        socket: OwnedFd,
+        look: impl FnOnce(&Self),
+    ) -> std::io::Result<(Self, String)> {
+        let shared = Self::shared(&options);
+        let link = Link { outbox: Arc::new(Outbox::new()?), health: Arc::clone(&shared.health) };
+        let client = Self { shared, link };
+        let why = client.link.once(options, Arc::clone(&client.shared) as _, socket, || look(&client));
+        Ok((client, why))
+    }
+
+    fn shared(options: &Options) -> Arc<Shared> {
+        Arc::new(Shared {
             state: Mutex::default(),
             news: Condvar::new(),
             namespaces: options.namespaces.clone(),
             canary_checked: AtomicBool::new(false),
-            health: Arc::clone(&health),
+            health: Arc::default(),
             counts: Counts::default(),
-        });
-        let half: Arc<dyn Half> = Arc::clone(&shared) as _;
-        Ok(Self { shared, link: Link::start(options, half, outbox, health) })
+        })
     }
 
     /// Presents the KV memory, now and at every later attachment. Block 0 must hold the canary that was compared

@@ -9,7 +9,7 @@ pub use message::{Kind, Message};
 /// Protocol version spoken by this build. Peers of another major version are refused.
 pub const MAJOR: u16 = 2;
 /// Raised when a field or message is appended that older peers may ignore.
-pub const MINOR: u16 = 1;
+pub const MINOR: u16 = 2;
 
 /// Bytes of one engine block hash (sha256).
 pub const HASH_BYTES: usize = 32;

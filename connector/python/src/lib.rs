@@ -355,16 +355,16 @@ impl WorkerClient {
     }
 
     /// Presents what was described, now and at every later attachment. Block 0 must still hold the canary that was
-    /// compared last.
-    #[pyo3(signature = (*, events = 512))]
-    fn register(&self, events: usize) -> PyResult<()> {
+    /// compared last. `cache_mode`: what saves mean on a sidecar with an SSD, unless that is left to it.
+    #[pyo3(signature = (*, events = 512, cache_mode = None))]
+    fn register(&self, events: usize, cache_mode: Option<String>) -> PyResult<()> {
         if !(1..=EVENTS_MAX).contains(&events) {
             return Err(wrong(format!("expected 1 to {EVENTS_MAX} events, got {events}")));
         }
         let registration = self.described().take();
         let registration = registration
             .ok_or_else(|| wrong("expected a description of the KV memory before its registration"))?;
-        self.client.register(registration, events).map_err(wrong)
+        self.client.register(registration.with_cache_mode(cache_mode), events).map_err(wrong)
     }
 
     fn canary_over(&self) {

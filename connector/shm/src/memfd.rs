@@ -41,6 +41,16 @@ pub enum ShmError {
         /// Bytes that were there.
         found: u64,
     },
+    /// A table that no peer of ours makes.
+    #[error("expected shared {what} of 1 to {limit} slots, got {got}")]
+    Slots {
+        /// Which table.
+        what: &'static str,
+        /// The most there may be.
+        limit: u32,
+        /// What the peer says.
+        got: u32,
+    },
     /// The content does not begin as it should.
     #[error("shared {what} is not one of ours: expected magic {expected:#x}, got {found:#x}")]
     Magic {

@@ -175,7 +175,9 @@ impl TableReader {
             return Err(ShmError::Magic { what: "presence table", expected: MAGIC, found: magic });
         }
         let slots = map.words().get(AT_SLOTS).map_or(0, |word| word.load(Ordering::Relaxed));
-        if !slots.is_power_of_two() || slots < BUCKET as u64 * 2 || table_bytes(slots) != bytes {
+        // The length that so many slots need may be beyond 64 bits.
+        let too_many = slots > bytes / 16;
+        if !slots.is_power_of_two() || slots < BUCKET as u64 * 2 || too_many || table_bytes(slots) != bytes {
             return Err(ShmError::Size { expected: table_bytes(slots.min(1 << 40)), found: bytes });
         }
         let stale_ns = u64::from(stale_ms) * 1_000_000;
@@ -273,6 +275,20 @@ mod tests {
         memfd.seal(Seal::SizeAndFutureWrites).unwrap();
         let fd = memfd.fd().try_clone_to_owned().unwrap();
         assert!(matches!(TableReader::open(fd, 100), Err(ShmError::Magic { .. })));
+    }
+
+    #[test]
+    fn a_table_of_more_slots_than_its_memory_holds_is_refused() {
+        // 2^60 slots of 16 bytes are no bytes at all, in 64 bits.
+        for slots in [0, 1, 4, 16, 1 << 59, 1 << 60, 1 << 63, u64::MAX] {
+            let memfd = Memfd::create("t", table_bytes(8).min(HEADER_WORDS as u64 * 8)).unwrap();
+            let map = memfd.map(Access::ReadWrite).unwrap();
+            map.words()[AT_MAGIC].store(MAGIC, Ordering::Relaxed);
+            map.words()[AT_SLOTS].store(slots, Ordering::Relaxed);
+            memfd.seal(Seal::SizeAndFutureWrites).unwrap();
+            let fd = memfd.fd().try_clone_to_owned().unwrap();
+            assert!(matches!(TableReader::open(fd, 100), Err(ShmError::Size { .. })), "{slots}");
+        }
     }
 
     #[test]

@@ -13,6 +13,8 @@ use std::sync::{
 use crate::{Access, Mapping, Memfd, Seal, ShmError, words::JobWords};
 
 const ENTRY_WORDS: usize = 8;
+/// Entries of a ring that is taken from a peer, at most.
+const SLOTS_MAX: u32 = 1 << 20;
 
 /// How a job, or a part of it, ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -131,8 +133,12 @@ impl RingReader {
     /// Maps a ring that the sidecar passed.
     ///
     /// # Errors
-    /// Where it is not sealed or not of the size that `slots` needs.
+    /// Where it is not sealed or not of the size that `slots` needs, or these are more than any sidecar makes.
     pub fn open(fd: std::os::fd::OwnedFd, slots: u32, words: Arc<JobWords>) -> Result<Self, ShmError> {
+        // Beyond 2^31 there is no next power of two.
+        if !(1..=SLOTS_MAX).contains(&slots) {
+            return Err(ShmError::Slots { what: "ring", limit: SLOTS_MAX, got: slots });
+        }
         let slots = slots.next_power_of_two();
         let memfd = Memfd::adopt(fd, Seal::SizeAndFutureWrites, ring_bytes(slots))?;
         Ok(Self { map: memfd.map(Access::Read)?, slots: u64::from(slots), next: 0, words })
@@ -198,6 +204,18 @@ mod tests {
         assert_eq!(reader.pop(), Some(completion(0)));
         writer.push(completion(4)).unwrap();
         assert_eq!(writer.push(completion(5)), Err(completion(5)));
+    }
+
+    #[test]
+    fn a_ring_of_more_entries_than_anybody_makes_is_refused() {
+        let words = Arc::new(JobWords::create(1).unwrap());
+        for slots in [0, SLOTS_MAX + 1, 1 << 31, (1 << 31) + 1, u32::MAX] {
+            let memfd = Memfd::create("t", 64).unwrap();
+            memfd.seal(Seal::SizeAndFutureWrites).unwrap();
+            let fd = memfd.fd().try_clone_to_owned().unwrap();
+            let opened = RingReader::open(fd, slots, Arc::clone(&words));
+            assert!(matches!(opened, Err(ShmError::Slots { got, .. }) if got == slots), "{opened:?}");
+        }
     }
 
     #[test]

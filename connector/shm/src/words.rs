@@ -16,6 +16,8 @@ use std::{
 use crate::{Access, Mapping, Memfd, Seal, ShmError};
 
 const FIRST: usize = 8;
+/// Words that are taken from a peer, at most: what is kept for each of them is bounded with it.
+const SLOTS_MAX: u32 = 1 << 20;
 const HELD: u64 = 1;
 const REVOKED: u64 = 2;
 const PUBLISHED: u64 = 3;
@@ -50,8 +52,11 @@ impl JobWords {
     /// Maps words that the sidecar passed.
     ///
     /// # Errors
-    /// Where they are not sealed or not of the size that `slots` needs.
+    /// Where they are not sealed or not of the size that `slots` needs, or more than any sidecar makes.
     pub fn open(fd: OwnedFd, slots: u32) -> Result<Self, ShmError> {
+        if slots > SLOTS_MAX {
+            return Err(ShmError::Slots { what: "job words", limit: SLOTS_MAX, got: slots });
+        }
         let memfd = Memfd::adopt(fd, Seal::Size, bytes(slots))?;
         Ok(Self { map: memfd.map(Access::ReadWrite)?, memfd: None, slots })
     }
@@ -129,6 +134,15 @@ mod tests {
         assert!(!words.publish(1, 7));
         assert!(words.publish(1, 8));
         assert!(!words.revoke(1, 8));
+    }
+
+    #[test]
+    fn more_words_than_anybody_makes_are_refused() {
+        // Sparse: it costs its maker nothing, and its reader a list of free slots.
+        let memfd = Memfd::create("t", bytes(SLOTS_MAX + 1)).unwrap();
+        memfd.seal(Seal::Size).unwrap();
+        let fd = memfd.fd().try_clone_to_owned().unwrap();
+        assert!(matches!(JobWords::open(fd, SLOTS_MAX + 1), Err(ShmError::Slots { .. })));
     }
 
     #[test]

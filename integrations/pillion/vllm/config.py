@@ -10,6 +10,7 @@ from typing import Any
 
 GIB = 1 << 30
 LAYOUTS = ("BLHNC", "any")
+CACHE_MODES = ("write_back", "write_through", "write_around", "read_only")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Settings:
     lookup_deadline_ms: int = 500
     start_wait_ms: int = 10_000
     other_tp_sizes: bool = True
+    cache_mode: str | None = None
 
     def load_deadline(self, load_bytes: int) -> int:
         """Milliseconds that a load of this size may take: 2 s and 1 s for each GiB, unless configured."""
@@ -36,7 +38,8 @@ class Settings:
         return 2000 + 1000 * load_bytes // GIB
 
 
-_TEXT = ("socket", "tenant", "model_id", "layout")
+_TEXT = ("socket", "tenant", "model_id", "layout", "cache_mode")
+_CHOICES = {"layout": LAYOUTS, "cache_mode": CACHE_MODES}
 _LIMITS: dict[str, tuple[int, int]] = {
     "load_deadline_ms": (1, 600_000),
     "save_deadline_ms": (1, 600_000),
@@ -80,12 +83,12 @@ def _value(key: str, value: Any) -> Any:
 
 
 def _text(key: str, value: Any) -> Any:
-    if value is None and key in ("socket", "model_id"):
+    if value is None and key in ("socket", "model_id", "cache_mode"):
         return None
     if not isinstance(value, str) or not value:
         raise _wrong(key, "a text that is not empty", value)
-    if key == "layout" and value not in LAYOUTS:
-        raise _wrong(key, " or ".join(map(repr, LAYOUTS)), value)
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise _wrong(key, " or ".join(map(repr, _CHOICES[key])), value)
     return value
 
 

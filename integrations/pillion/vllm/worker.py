@@ -177,7 +177,7 @@ class WorkerHalf:
                     # The client reads the canary on a stream of its own.
                     self._cuda.synchronize(first.device)
                 self.client.check_canary(index, seed)
-            self.client.register()
+            self.client.register(cache_mode=self.settings.cache_mode)
             self._registered = True
             wait_ready(self.client, wait_ms, "worker")
             if not stays:

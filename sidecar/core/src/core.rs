@@ -88,6 +88,7 @@ pub struct Counters {
     pub protocol_errors: u64,
     pub leases_waited: u64,
     pub leases_cut_short: u64,
+    pub leases_ahead: u64,
     pub ssd_records: u64,
     pub ssd_records_hidden: u64,
     pub ssd_writes_waiting: u64,
@@ -165,6 +166,7 @@ pub struct Core {
     spaces: HashMap<NamespaceId, Space>,
     jobs: BTreeMap<JobKey, Job>,
     lease_count: u64,
+    load_count: u64,
     counters: Counters,
     draining: bool,
     drained: bool,
@@ -187,6 +189,7 @@ impl Core {
             spaces: HashMap::new(),
             jobs: BTreeMap::new(),
             lease_count: 0,
+            load_count: 0,
             counters: Counters::default(),
             draining: false,
             drained: false,
@@ -224,11 +227,7 @@ impl Core {
             Event::OpenNamespace { session, request, namespace, epoch } => {
                 self.open_namespace(session, request, namespace, &epoch, actions);
             }
-            Event::Registered { session, registration } => {
-                if let Some(session) = self.sessions.get_mut(&session) {
-                    session.registration = Some(registration);
-                }
-            }
+            Event::Registered { session, registration } => self.registered(session, registration, actions),
             Event::Unregister { session, request } => self.unregister(session, request, actions),
             Event::Lease { session, request, runs, hashes } => {
                 self.lease(session, request, &runs, &hashes, now_ns, actions);
@@ -257,6 +256,7 @@ impl Core {
                 if let Some(running) = self.jobs.get_mut(&(session, job)) {
                     running.cancelled = true;
                     actions.push(Action::CancelCopy { session, job });
+                    self.next_piece((session, job), actions);
                 }
             }
             Event::CopyDone { session, job, blocks } => self.copy_done(session, job, &blocks, actions),
@@ -276,11 +276,7 @@ impl Core {
             Event::Borrow { session, request, keys } => self.lend(session, request, &keys, now_ns, actions),
             Event::Damaged { session, key, offset } => self.damaged(session, &key, offset, actions),
         }
-        if self.ssd.is_some() {
-            self.pump_ssd(now_ns, actions);
-        } else {
-            self.pump_waits(now_ns, actions);
-        }
+        self.pump_ssd(now_ns, actions);
         self.grant_settled(now_ns, actions);
         self.ask_what_is_lacking(actions);
         self.give_back(actions);
@@ -345,14 +341,19 @@ impl Core {
         session.detached = true;
         self.forget_waits(id);
         self.leases.session_ended(id, &mut self.store);
-        for ((owner, job), running) in &mut self.jobs {
-            if *owner == id {
-                running.cancelled = true;
-                running.reported = true;
-                actions.push(Action::CancelCopy { session: id, job: *job });
-            }
-        }
+        self.give_up_jobs(id, true, actions);
         self.if_idle(id, actions);
+    }
+
+    /// Memory that takes the place of other memory: jobs that were submitted for that are given up. A piece of a load
+    /// that is still to come would be copied by the new memory's layout, which may say that its record is longer.
+    fn registered(&mut self, id: SessionId, registration: Registration, actions: &mut Vec<Action>) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        if session.registration.replace(registration).is_some() {
+            session.registrations += 1;
+            session.leaving = session.jobs;
+            self.give_up_jobs(id, false, actions);
+        }
     }
 
     fn unregister(&mut self, id: SessionId, request: u64, actions: &mut Vec<Action>) {
@@ -362,13 +363,23 @@ impl Core {
         session.unregister = Some(request);
         // Those of this registration, and what is left of earlier ones.
         session.leaving = session.jobs;
+        self.give_up_jobs(id, false, actions);
+        self.if_idle(id, actions);
+    }
+
+    fn give_up_jobs(&mut self, id: SessionId, is_gone: bool, actions: &mut Vec<Action>) {
+        let mut jobs = Vec::new();
         for ((owner, job), running) in &mut self.jobs {
             if *owner == id {
                 running.cancelled = true;
+                running.reported |= is_gone;
                 actions.push(Action::CancelCopy { session: id, job: *job });
+                jobs.push((id, *job));
             }
         }
-        self.if_idle(id, actions);
+        for job in jobs {
+            self.next_piece(job, actions);
+        }
     }
 
     /// What waits for the last copy of a session.
@@ -426,12 +437,17 @@ impl Core {
             actions.push(Action::CancelCopy { session, job });
             let outcome = Outcome::Failed;
             actions.push(Action::Complete { session, job, outcome, quiesced: false, blocks: 0 });
+            self.next_piece((session, job), actions);
         }
+        self.fail_stalled_loads(now_ns, actions);
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
-    pub(crate) fn check_invariants(&self) {
+    ///
+    /// # Panics
+    /// Where it does not.
+    #[cfg(any(test, feature = "checked"))]
+    pub fn check_invariants(&self) {
         self.store.check();
         self.check_waits();
         self.neighbours.check(&self.store.borrowed());

@@ -8,7 +8,7 @@ use crate::{
     ids::{JobId, LeaseId, NamespaceId, NeighbourId, SessionId},
     key::{Namespace, Tenant},
     neighbours::{Lent, Question},
-    ssd::{GetEnding, PutEnding, SsdRecord},
+    ssd::{CacheMode, GetEnding, PutEnding, SsdRecord},
 };
 
 /// Tier bit of the presence table: in the host pool.
@@ -36,6 +36,8 @@ pub struct Registration {
     pub num_blocks: u64,
     /// The engine's KV cache groups. Their index is this registration's own business.
     pub groups: Vec<Group>,
+    /// How this engine's blocks are to be kept on the SSD; `None`: as the sidecar's others.
+    pub cache_mode: Option<CacheMode>,
 }
 
 /// One KV cache group of a worker.
@@ -171,7 +173,7 @@ pub enum Event {
         /// Empty or 16 bytes.
         epoch: Vec<u8>,
     },
-    /// A worker's memory is mapped and its canary was right.
+    /// A worker's memory is mapped and its canary was right. Jobs of memory that it presented before are given up.
     Registered {
         /// Who.
         session: SessionId,

@@ -1,8 +1,9 @@
 //! Jobs: each ends once and quiesces once.
 
 use crate::{
-    event::Direction,
+    event::{CopyItem, Direction},
     ids::{JobId, LeaseId, SessionId},
+    ssd::CacheMode,
     store::RecordId,
 };
 
@@ -27,6 +28,29 @@ pub(crate) struct Job {
     pub(crate) writes_left: usize,
     /// See `writes_left`.
     pub(crate) writes_failed: bool,
+    /// How a save's blocks are kept on the SSD.
+    pub(crate) mode: CacheMode,
+    /// How a load gets on.
+    pub(crate) progress: Progress,
+}
+
+/// A load whose records come from the SSD is copied piece by piece, one at a time, as they come.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    /// Tells it from others of its id.
+    pub(crate) serial: u64,
+    /// The engine's event that each piece waits for.
+    pub(crate) event: Option<u32>,
+    /// Blocks whose records have not come yet.
+    pub(crate) awaited: usize,
+    /// Blocks whose records are there, to be copied next.
+    pub(crate) ready: Vec<(RecordId, CopyItem)>,
+    /// What is being copied.
+    pub(crate) piece: Vec<RecordId>,
+    /// Blocks that have been copied.
+    pub(crate) loaded: u32,
+    /// A block will not come: nothing more is copied.
+    pub(crate) failed: bool,
 }
 
 impl Job {
@@ -45,6 +69,8 @@ impl Job {
             checksums: Vec::new(),
             writes_left: 0,
             writes_failed: false,
+            mode: CacheMode::default(),
+            progress: Progress::default(),
         }
     }
 }

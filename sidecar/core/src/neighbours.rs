@@ -157,7 +157,7 @@ impl Neighbours {
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(crate) fn check(&self, records: &std::collections::HashMap<u64, usize>) {
         assert!(self.next.is_empty(), "asked at the end of every event");
         assert_eq!(records.len(), self.borrows.len(), "an empty borrow was given back");

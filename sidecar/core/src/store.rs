@@ -21,8 +21,10 @@ pub(crate) struct RecordId(u32);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum State {
-    /// Its bytes are being written: found by nobody.
+    /// A save writes its bytes: found by nobody.
     Writing,
+    /// Its bytes come from the SSD: leased, and loaded when they are there.
+    Reading,
     /// Proved: may be leased.
     Published,
     /// Taken out of the index while leases still hold it; freed with the last of them.
@@ -248,7 +250,12 @@ impl Store {
 
     /// Makes room for a record and inserts it as being written. `evicted` gets what had to go.
     /// `None`: everything else is pinned, written or the parent of something that is.
-    pub(crate) fn insert(&mut self, new: NewRecord, evicted: &mut Vec<Record>) -> Option<RecordId> {
+    pub(crate) fn insert(
+        &mut self,
+        new: NewRecord,
+        state: State,
+        evicted: &mut Vec<Record>,
+    ) -> Option<RecordId> {
         debug_assert!(self.find(&new.key).is_none());
         // The parent must outlive the search for room.
         self.add_child(new.parent.as_ref());
@@ -274,7 +281,7 @@ impl Store {
             format: new.format,
             bytes: new.bytes,
             checksum: 0,
-            state: State::Writing,
+            state,
             place: Place::Own(extent),
             parent: new.parent,
             pins: 0,
@@ -331,10 +338,17 @@ impl Store {
         Some(record)
     }
 
-    /// A write that did not end well: as if it had never been.
+    /// Its bytes did not come: as if it had never been. Leases that have it keep its place.
     pub(crate) fn abandon(&mut self, id: RecordId) {
-        debug_assert!(self.get(id).is_none_or(|record| record.state == State::Writing));
-        self.remove(id);
+        let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
+        debug_assert!(matches!(record.state, State::Writing | State::Reading));
+        if record.pins == 0 {
+            self.remove(id);
+            return;
+        }
+        record.state = State::Retired;
+        let key = record.key;
+        self.by_key.remove(&key);
     }
 
     /// The bytes are there and proved.
@@ -469,7 +483,7 @@ impl Store {
     }
 
     /// Borrowed records by their borrow; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(crate) fn borrowed(&self) -> HashMap<u64, usize> {
         let mut found = HashMap::new();
         for record in self.arena.iter().flatten() {
@@ -481,7 +495,7 @@ impl Store {
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(crate) fn check(&self) {
         let mut used = 0;
         let mut pinned = 0;

@@ -20,7 +20,7 @@ use std::time::Duration;
 pub use error::{ConfigError, Origin, Problem};
 pub use keys::{KEYS, Key};
 pub use size::{ByteSize, PoolSize, SizeError};
-pub use ssd::SsdDirectory;
+pub use ssd::{CACHE_MODES, SsdDirectory, cache_mode};
 pub use tenants::{BadTenantName, DEFAULT_TENANT, Denied, Tenant, TenantName, Tenants};
 pub use value::{DEVICE_BYTES_MAX, HttpListen, Kind};
 
@@ -47,6 +47,7 @@ pub struct Config {
     pub ssd_segment: ByteSize,
     pub ssd_engine: String,
     pub ssd_wait_ms: u64,
+    pub ssd_ahead_ms: u64,
     pub lease_seconds: u64,
     pub heartbeat_ms: u64,
     pub table_stamp_ms: u64,
@@ -233,6 +234,7 @@ impl Default for Config {
             ssd_segment: ByteSize(0),
             ssd_engine: String::new(),
             ssd_wait_ms: 0,
+            ssd_ahead_ms: 0,
             lease_seconds: 0,
             heartbeat_ms: 0,
             table_stamp_ms: 0,

@@ -61,6 +61,8 @@ pub struct CopyReport {
 struct Queues {
     loads: VecDeque<CopyTask>,
     saves: VecDeque<CopyTask>,
+    /// Nobody is left to copy for.
+    ended: bool,
 }
 
 #[derive(Debug)]
@@ -120,6 +122,14 @@ impl Copiers {
     }
 }
 
+impl Drop for Copiers {
+    /// The threads end when what is queued is copied; they are not waited for.
+    fn drop(&mut self) {
+        self.shared.queues().ended = true;
+        self.shared.work.notify_all();
+    }
+}
+
 fn work(shared: &Shared, reports: &UnboundedSender<CopyReport>) {
     let mut buffer = Vec::new();
     loop {
@@ -131,6 +141,7 @@ fn work(shared: &Shared, reports: &UnboundedSender<CopyReport>) {
             };
             match next {
                 Some(task) => break task,
+                None if queues.ended => return,
                 None => queues = shared.work.wait(queues).unwrap_or_else(PoisonError::into_inner),
             }
         };

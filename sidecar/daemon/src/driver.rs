@@ -715,11 +715,17 @@ impl Driver {
     ) {
         let Some(live) = self.sessions.get_mut(&session) else { return };
         let Some(mover) = &live.mover else { return };
-        let cancelled = Arc::new(AtomicBool::new(false));
         let of_item = |item: &pillion_core::CopyItem| live.view.record_bytes.get(usize::from(item.group));
-        let bytes = items.iter().filter_map(of_item).sum();
-        let running = Running { cancelled: Arc::clone(&cancelled), begun: Instant::now(), direction, bytes };
-        live.running.insert(job, running);
+        let bytes: u64 = items.iter().filter_map(of_item).sum();
+        // A load may come in pieces.
+        let running = live.running.entry(job).or_insert_with(|| Running {
+            cancelled: Arc::default(),
+            begun: Instant::now(),
+            direction,
+            bytes: 0,
+        });
+        running.bytes += bytes;
+        let cancelled = Arc::clone(&running.cancelled);
         let abroad = items.iter().map(|item| item.pool).filter(|pool| *pool != 0);
         let pools = self.neighbours.pools(abroad);
         match mover {
@@ -741,9 +747,6 @@ impl Driver {
             self.metrics.copy_finished(metrics_direction(direction), *path, took);
         }
         self.apply(Event::CopyDone { session, job, blocks });
-        if let Some(live) = self.sessions.get_mut(&session) {
-            live.running.remove(&job);
-        }
     }
 
     fn complete(&mut self, session: SessionId, job: JobId, outcome: Outcome, quiesced: bool, blocks: u32) {
@@ -757,6 +760,9 @@ impl Driver {
         if let (Some(running), Some(outcome)) = (live.running.get(&job), metrics_outcome(outcome)) {
             let Running { begun, direction, bytes, .. } = running;
             self.metrics.job_finished(metrics_direction(*direction), outcome, *bytes, begun.elapsed());
+        }
+        if quiesced {
+            live.running.remove(&job);
         }
         live.overflow.push_back(Completion { job: job.0, outcome: reported, quiesced, blocks });
         live.flush();
@@ -827,6 +833,7 @@ impl Driver {
             dropped: core.ssd_dropped,
             leases_waited: core.leases_waited,
             leases_cut_short: core.leases_cut_short,
+            leases_ahead: core.leases_ahead,
             retired_segments: view.shelves.iter().map(|shelf| u64::from(shelf.retired)).sum(),
             read_only_directories: view.shelves.iter().filter(|shelf| shelf.is_read_only).count() as u64,
         }

@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc};
 
-use pillion_core::{Group, Registration, key::Namespace};
+use pillion_core::{CacheMode, Group, Registration, key::Namespace};
 use pillion_cuda::{
     BlockCopier, DeviceHandle, DeviceSource, EngineMemory, Gpu, MemfdMemory, ProcessMemory, driver,
 };
@@ -20,7 +20,7 @@ use pillion_shm::{
 };
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::{copier::CopyReport, driver::Mover, lanes::Lanes};
+use crate::{config, copier::CopyReport, driver::Mover, lanes::Lanes};
 
 /// Events of one worker, at most (I8).
 const EVENTS_MAX: usize = 4096;
@@ -213,6 +213,13 @@ pub fn namespace(keys: &[String], values: &[String]) -> Option<Namespace> {
     Namespace::new(keys.iter().cloned().zip(values.iter().cloned()).collect())
 }
 
+fn cache_mode(name: &str) -> Result<CacheMode, Refused> {
+    config::cache_mode(name).ok_or_else(|| {
+        let expected = config::CACHE_MODES.join(", ");
+        Refused::new(wire::Reason::Malformed, format!("expected a cache mode of {expected}, got {name:?}"))
+    })
+}
+
 /// A registration that was checked; how it goes on depends on where the memory is.
 #[derive(Debug)]
 pub enum Begun {
@@ -284,6 +291,7 @@ pub fn register(
     let registration = Registration {
         num_blocks: message.num_blocks,
         groups: own.chain(theirs).zip(namespaces.into_iter().chain(their_namespaces)).map(of_core).collect(),
+        cache_mode: message.cache_mode.as_deref().map(cache_mode).transpose()?,
     };
     let checked = Checked { registration, order: message.layout.clone(), groups, others };
     if matches!(message.way, wire::Way::CudaIpc | wire::Way::CudaVmm) {

@@ -78,17 +78,21 @@ impl http::Shown for Shown {
     }
 }
 
-/// Runs until it is told to stop; a panic anywhere ends the process.
-///
-/// # Errors
-/// What kept it from starting.
-pub fn run(config: Config, restarts: u64) -> Result<()> {
-    // Crash-only: no half-alive daemon.
+/// Crash-only: no half-alive daemon. A panic, on whatever thread, ends the process once it has been said.
+pub fn abort_on_panic() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         default(panic);
         std::process::abort();
     }));
+}
+
+/// Runs until it is told to stop; a panic anywhere ends the process.
+///
+/// # Errors
+/// What kept it from starting.
+pub fn run(config: Config, restarts: u64) -> Result<()> {
+    abort_on_panic();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = LocalSet::new();
     runtime.block_on(local.run_until(serve(config, restarts)))

@@ -158,6 +158,7 @@ impl Default for Budget {
 pub(crate) struct SsdPlan {
     pub(crate) mode: CacheMode,
     pub(crate) wait_ns: u64,
+    pub(crate) ahead_ns: u64,
     pub(crate) segment_bytes: u64,
     pub(crate) slots: u32,
     pub(crate) records_max: usize,
@@ -183,6 +184,8 @@ pub(crate) struct Plan {
     pub(crate) sidecars: usize,
     /// Per engine: tenant, model, and the sidecar of each rank.
     pub(crate) engines: Vec<(usize, usize, Vec<usize>)>,
+    /// Per engine: how it asks its blocks to be kept.
+    pub(crate) cache_modes: Vec<Option<CacheMode>>,
     pub(crate) groups: Vec<GroupPlan>,
     /// One byte here stands for so many of a real pool, whose slabs are of 2 MiB: a pool of few records costs little.
     pub(crate) scale: u64,
@@ -234,6 +237,15 @@ impl Plan {
         if budget.sidecars < sidecars as usize {
             engines.iter_mut().for_each(|engine| engine.2 = vec![engine.2[0] % budget.sidecars.max(1)]);
         }
+        let asked = [
+            None,
+            None,
+            None,
+            Some(CacheMode::WriteThrough),
+            Some(CacheMode::WriteBack),
+            Some(CacheMode::ReadOnly),
+        ];
+        let cache_modes = engines.iter().map(|_| dice.pick(&asked)).collect();
         let scale = dice.pick(&[32, 64, 128]);
         let groups = (0..dice.pick(&[1, 1, 2])).map(|_| group(dice, scale)).collect();
         let prompt_blocks = dice.within(2, 8);
@@ -243,6 +255,7 @@ impl Plan {
             rates,
             sidecars: (sidecars as usize).min(budget.sidecars.max(1)),
             engines,
+            cache_modes,
             groups,
             scale,
             pool_chunks: dice.within(2, 5),
@@ -304,6 +317,7 @@ fn ssd(dice: &mut Dice) -> SsdPlan {
         // What is only read would be empty for ever.
         mode: dice.pick(&modes),
         wait_ns: dice.pick(&[2, 20, 200]) * MS,
+        ahead_ns: dice.pick(&[0, 5, 50, 500]) * MS,
         segment_bytes: dice.pick(&[64, 96, 160]) << 10,
         slots: dice.within(3, 5) as u32,
         records_max: dice.pick(&[6, 40, 1000, 1000]),

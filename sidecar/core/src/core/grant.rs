@@ -88,7 +88,7 @@ impl Core {
         self.counters.leases_waited += 1;
         self.wait_count += 1;
         self.waits.insert(self.wait_count, wait);
-        self.pump_waits(now_ns, actions);
+        self.ask_for_all(self.wait_count, actions);
         self.grant_settled(now_ns, actions);
         self.grant_overdue(now_ns, actions);
     }
@@ -134,9 +134,9 @@ impl Core {
         }
     }
 
-    /// The answer: of each run what is here without a gap. Its time begins now.
+    /// The answer: of each run what is here, or nearly, without a gap. Its time begins now.
     pub(super) fn grant(&mut self, mut wait: Wait, now_ns: u64, actions: &mut Vec<Action>) {
-        self.close_gaps(&mut wait);
+        let ahead = self.close_gaps(&mut wait, now_ns);
         let (id, request) = (wait.session, wait.request);
         let Some(session) = self.sessions.get(&id) else { return };
         let mut records = Vec::new();
@@ -157,6 +157,7 @@ impl Core {
         if !wait.lends {
             self.counters.lease_blocks_hit += records.len() as u64;
             self.counters.leases_granted += 1;
+            self.counters.leases_ahead += u64::from(ahead > 0);
         }
         let blocks: Vec<u32> = granted.iter().map(|run| run.count).collect();
         let lease = Lease {

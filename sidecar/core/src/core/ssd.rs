@@ -10,7 +10,7 @@ use crate::{
     jobs::JobKey,
     key::{BlockKey, Tenant},
     pool::SECTOR,
-    ssd::{CacheMode, Fetch, GetEnding, Offer, OnSsd, Put, PutEnding, SsdRecord},
+    ssd::{CacheMode, GetEnding, Offer, OnSsd, Put, PutEnding, SsdRecord},
     store::{NewRecord, Record, RecordId, State},
 };
 
@@ -19,10 +19,8 @@ use crate::{
 pub(super) enum Fetching {
     /// In the pool.
     Here(RecordId),
-    /// Being read: the waiter is told.
+    /// Will be read: the waiter is told.
     Coming,
-    /// Too much is being read already: ask again.
-    Later,
     /// Not there, or no room for it.
     No,
 }
@@ -56,13 +54,13 @@ impl Core {
 
     /// Newly published records go to the SSD, parents first: what a crash or a full queue cuts off is a tail.
     /// How many writes the job has to wait for.
-    pub(super) fn offer(&mut self, job: JobKey, records: &[RecordId]) -> usize {
+    pub(super) fn offer(&mut self, job: JobKey, records: &[RecordId], mode: CacheMode) -> usize {
         let Some(ssd) = &mut self.ssd else { return 0 };
-        let waits = ssd.limits.mode == CacheMode::WriteThrough;
+        let waits = mode == CacheMode::WriteThrough;
         let mut waiting = 0;
         for id in records {
             let Some(record) = self.store.get(*id) else { continue };
-            if ssd.limits.mode == CacheMode::ReadOnly || record.bytes < SECTOR {
+            if mode == CacheMode::ReadOnly || record.bytes < SECTOR {
                 continue;
             }
             // Jobs that wait are bounded by themselves.
@@ -70,7 +68,7 @@ impl Core {
                 self.counters.ssd_not_written += 1;
                 continue;
             }
-            ssd.offers.push_back(Offer { key: record.key, waiting: waits.then_some((job, *id)) });
+            ssd.offers.push_back(Offer { key: record.key, mode, waiting: waits.then_some((job, *id)) });
             if waits {
                 // Whoever waits for the write must not see it evicted before.
                 waiting += 1;
@@ -83,12 +81,43 @@ impl Core {
     /// Starts what may be started now.
     pub(super) fn pump_ssd(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
         self.pump_puts(actions);
-        self.pump_waits(now_ns, actions);
+        self.pump_gets(now_ns, actions);
+    }
+
+    /// Reads what was decided on, in that order, as far as reading is bounded.
+    fn pump_gets(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        while let Some(key) = self.ssd.as_ref().and_then(|ssd| ssd.queue.front().copied()) {
+            let wanted = self.wanted(&key);
+            let Some(ssd) = &mut self.ssd else { return };
+            match wanted {
+                Some((_, bytes)) if !ssd.may_get(bytes) => return,
+                Some((record, bytes)) => {
+                    ssd.queue.pop_front();
+                    let token = ssd.begin(key, now_ns);
+                    let offset = self.store.offset(record).unwrap_or_default();
+                    actions.push(Action::SsdGet { token, key: key.bytes(), offset, bytes });
+                }
+                None => {
+                    ssd.queue.pop_front();
+                    if let Some(fetch) = ssd.give_up(&key) {
+                        self.store.abandon(fetch.record);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A read that has not begun, if somebody still has a use for it: where it goes, and its length.
+    fn wanted(&self, key: &BlockKey) -> Option<(RecordId, u64)> {
+        let fetch = self.ssd.as_ref()?.fetches.get(key)?;
+        let leased = self.store.get(fetch.record).is_some_and(Record::is_pinned);
+        let wanted = leased || fetch.waiters.iter().any(|waiter| self.waits_for(*waiter, key));
+        wanted.then_some((fetch.record, fetch.bytes))
     }
 
     fn pump_puts(&mut self, actions: &mut Vec<Action>) {
         while let Some(ssd) = &mut self.ssd
-            && let Some(Offer { key, waiting }) = ssd.offers.front().copied()
+            && let Some(Offer { key, mode, waiting }) = ssd.offers.front().copied()
         {
             let found = self.store.find(&key).and_then(|id| Some((id, self.store.get(id)?)));
             // A neighbour's record, borrowed since, is not ours to write.
@@ -120,7 +149,7 @@ impl Core {
             };
             let token = ssd.token();
             ssd.put_bytes += bytes;
-            ssd.puts.insert(token, Put { key, record: id, bytes, job: waiting.map(|(job, _)| job) });
+            ssd.puts.insert(token, Put { key, record: id, bytes, mode, job: waiting.map(|(job, _)| job) });
             let durable = waiting.is_some();
             // One that is waited for is pinned already; it may have been retired and saved anew since.
             self.store.pin(id);
@@ -148,7 +177,7 @@ impl Core {
             };
             let (tenant, index) = (Arc::clone(&record.tenant), record.index);
             stored = ssd.insert(put.key, on_ssd);
-            if stored && ssd.limits.mode == CacheMode::WriteAround {
+            if stored && put.mode == CacheMode::WriteAround {
                 self.store.age(put.record);
             }
             if stored {
@@ -196,12 +225,11 @@ impl Core {
         }
     }
 
-    /// Makes room in the pool and asks for a record, once for all who want it.
+    /// Makes room in the pool for a record and has it read, once for all who want it.
     pub(super) fn fetch(
         &mut self,
         key: &BlockKey,
         waiter: (u64, usize, usize),
-        now_ns: u64,
         actions: &mut Vec<Action>,
     ) -> Fetching {
         if let Some(id) = self.store.find(key) {
@@ -215,11 +243,8 @@ impl Core {
                 Fetching::Coming
             });
         }
-        let Some(ssd) = &mut self.ssd else { return Fetching::No };
-        let Some(found) = ssd.find(key).cloned() else { return Fetching::No };
-        if !ssd.may_get(found.bytes) {
-            return Fetching::Later;
-        }
+        let found = self.ssd.as_ref().and_then(|ssd| ssd.find(key)).cloned();
+        let Some(found) = found else { return Fetching::No };
         let new = NewRecord {
             key: *key,
             index: found.index,
@@ -230,19 +255,12 @@ impl Core {
             bytes: found.bytes,
             parent: found.parent,
         };
-        let mut evicted = Vec::new();
-        let inserted = self.store.fits(new.bytes).then(|| self.store.insert(new, &mut evicted)).flatten();
+        let (mut evicted, fits) = (Vec::new(), self.store.fits(new.bytes));
+        let insert = || self.store.insert(new, State::Reading, &mut evicted);
+        let inserted = fits.then(insert).flatten();
         self.announce_evictions(&evicted, actions);
         let (Some(record), Some(ssd)) = (inserted, &mut self.ssd) else { return Fetching::No };
-        if ssd.gets.is_empty() {
-            ssd.moved_ns = now_ns;
-        }
-        let token = ssd.token();
-        ssd.get_bytes += found.bytes;
-        ssd.gets.insert(token, *key);
-        ssd.fetches.insert(*key, Fetch { record, bytes: found.bytes, waiters: vec![waiter] });
-        let offset = self.store.offset(record).unwrap_or_default();
-        actions.push(Action::SsdGet { token, key: key.bytes(), offset, bytes: found.bytes });
+        ssd.queue(*key, record, found.bytes).waiters.push(waiter);
         Fetching::Coming
     }
 
@@ -253,11 +271,9 @@ impl Core {
         now_ns: u64,
         actions: &mut Vec<Action>,
     ) {
-        let Some(ssd) = &mut self.ssd else { return };
-        let Some(key) = ssd.gets.remove(&token) else { return };
-        ssd.moved_ns = now_ns;
-        let Some(fetch) = ssd.fetches.remove(&key) else { return };
-        ssd.get_bytes -= fetch.bytes;
+        let well = matches!(ending, GetEnding::Loaded(_));
+        let ended = self.ssd.as_mut().and_then(|ssd| ssd.end(token, well, now_ns));
+        let Some((key, fetch)) = ended else { return };
         match ending {
             GetEnding::Loaded(checksum) => {
                 self.counters.ssd_blocks_read += 1;
@@ -276,9 +292,12 @@ impl Core {
                 }
             }
         }
-        let record = matches!(ending, GetEnding::Loaded(_)).then_some(fetch.record);
+        let record = well.then_some(fetch.record);
         for waiter in fetch.waiters {
             self.arrived(waiter, &key, record);
+        }
+        for awaiting in fetch.loads {
+            self.load_goes_on(&awaiting, record, actions);
         }
         self.grant_settled(now_ns, actions);
     }

@@ -37,7 +37,7 @@ fn group(model: &str, record_bytes: u64) -> Group {
 }
 
 fn registration(model: &str) -> Registration {
-    Registration { num_blocks: 64, groups: vec![group(model, RECORD)] }
+    Registration { num_blocks: 64, groups: vec![group(model, RECORD)], cache_mode: None }
 }
 
 fn tenant(n: u8) -> Tenant {

@@ -18,8 +18,10 @@ pub(super) struct Wait {
     pub(super) runs: Vec<Run>,
     /// Slots that are not here.
     pub(super) left: usize,
-    /// The first slot that has not been asked for: run, slot.
-    pub(super) next: (usize, usize),
+    /// Those of them that may be at a neighbour.
+    pub(super) abroad: usize,
+    /// Where the last of its reads stands among all reads.
+    pub(super) end: u64,
     pub(super) deadline_ns: u64,
     /// Of a neighbour: each of its keys is a run of its own.
     pub(super) lends: bool,
@@ -45,9 +47,10 @@ pub(super) enum Slot {
 impl Wait {
     /// With runs whose records in the pool are pinned.
     pub(super) fn new(session: SessionId, request: u64, runs: Vec<Run>, deadline_ns: u64) -> Self {
-        let slots = runs.iter().flat_map(|run| &run.slots);
-        let left = slots.filter(|slot| slot.here().is_none()).count();
-        Self { session, request, runs, left, next: (0, 0), deadline_ns, lends: false }
+        let slots = || runs.iter().flat_map(|run| &run.slots);
+        let left = slots().filter(|slot| slot.here().is_none()).count();
+        let abroad = slots().filter(|slot| matches!(slot, Slot::Abroad(..))).count();
+        Self { session, request, runs, left, abroad, end: 0, deadline_ns, lends: false }
     }
 
     /// The answer that nothing was granted.
@@ -69,7 +72,10 @@ impl Wait {
                     self.left -= 1;
                     bytes += length;
                 }
-                Slot::Abroad(..) => self.left -= 1,
+                Slot::Abroad(..) => {
+                    self.left -= 1;
+                    self.abroad -= 1;
+                }
             }
         }
         (pins, bytes)
@@ -77,39 +83,29 @@ impl Wait {
 }
 
 impl Core {
-    /// Asks for what waiting leases still lack, the oldest first, as far as reading is bounded.
-    pub(super) fn pump_waits(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
-        let ids: Vec<u64> = self.waits.keys().copied().collect();
-        for id in ids {
-            while let Some((run, slot, wanted)) = self.next_slot(id) {
-                let (fetching, key) = match wanted {
-                    Slot::Abroad(key, index) => (self.borrow(&key, index, (id, run, slot)), key),
-                    Slot::There(key, _) => (self.fetch(&key, (id, run, slot), now_ns, actions), key),
-                    Slot::Here(_) => continue,
-                };
-                match fetching {
-                    // The next may lack what a neighbour has.
-                    Fetching::Later => break,
-                    Fetching::Here(record) => self.arrived((id, run, slot), &key, Some(record)),
-                    Fetching::No => self.arrived((id, run, slot), &key, None),
-                    Fetching::Coming => {}
+    /// Asks for what a waiting lease lacks.
+    pub(super) fn ask_for_all(&mut self, id: u64, actions: &mut Vec<Action>) {
+        let Some(wait) = self.waits.get(&id) else { return };
+        let places = wait.runs.iter().enumerate();
+        let places = places.flat_map(|(run, of)| (0..of.slots.len()).map(move |slot| (run, slot)));
+        for (run, slot) in places.collect::<Vec<_>>() {
+            // What is nowhere ends its run.
+            let wanted = self.waits.get(&id).and_then(|wait| wait.runs[run].slots.get(slot)).copied();
+            let (fetching, key) = match wanted {
+                Some(Slot::Abroad(key, index)) => (self.borrow(&key, index, (id, run, slot)), key),
+                Some(Slot::There(key, _)) => (self.fetch(&key, (id, run, slot), actions), key),
+                Some(Slot::Here(_)) | None => continue,
+            };
+            match fetching {
+                Fetching::Here(record) => self.arrived((id, run, slot), &key, Some(record)),
+                Fetching::No => self.arrived((id, run, slot), &key, None),
+                Fetching::Coming => {
+                    let fetch = self.ssd.as_ref().and_then(|ssd| ssd.fetches.get(&key));
+                    let end = fetch.map_or(0, |fetch| fetch.end);
+                    if let Some(wait) = self.waits.get_mut(&id) {
+                        wait.end = wait.end.max(end);
+                    }
                 }
-                if let Some(wait) = self.waits.get_mut(&id) {
-                    wait.next = (run, slot + 1);
-                }
-            }
-        }
-    }
-
-    /// The next place that nothing was asked for.
-    fn next_slot(&mut self, id: u64) -> Option<(usize, usize, Slot)> {
-        let wait = self.waits.get_mut(&id)?;
-        loop {
-            let (run, slot) = wait.next;
-            match wait.runs.get(run)?.slots.get(slot) {
-                Some(Slot::Here(_)) => wait.next = (run, slot + 1),
-                Some(wanted) => return Some((run, slot, *wanted)),
-                None => wait.next = (run + 1, 0),
             }
         }
     }
@@ -136,8 +132,9 @@ impl Core {
         debug_assert_eq!(wanted, *key);
         match record.filter(|_| fits) {
             Some(record) => {
-                wait.runs[run].slots[slot] = Slot::Here(record);
+                let was = std::mem::replace(&mut wait.runs[run].slots[slot], Slot::Here(record));
                 wait.left -= 1;
+                wait.abroad -= usize::from(matches!(was, Slot::Abroad(..)));
                 self.wait_bytes -= bytes;
                 self.store.pin(record);
             }
@@ -155,21 +152,29 @@ impl Core {
         }
     }
 
-    /// Answers those that lack nothing any more.
+    /// Answers those that lack nothing any more, or nothing that the SSD will not have brought in time.
     pub(super) fn grant_settled(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
-        self.grant_where(|wait| wait.left == 0, now_ns, actions);
+        let settled: Vec<u64> =
+            self.waits.iter().filter(|(_, wait)| self.is_settled(wait, now_ns)).map(|(id, _)| *id).collect();
+        self.grant_all(settled, now_ns, actions);
+    }
+
+    fn is_settled(&self, wait: &Wait, now_ns: u64) -> bool {
+        let coming = || self.ssd.as_ref().is_some_and(|ssd| ssd.will_bring(wait.end, now_ns));
+        // A neighbour could do nothing with what is not here.
+        wait.left == 0 || (wait.abroad == 0 && !wait.lends && coming())
     }
 
     /// Answers those that have waited long enough, with what is here. What is being read goes on: the next one who
     /// asks finds it.
     pub(super) fn grant_overdue(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
-        let late = self.waits.values().filter(|wait| wait.deadline_ns <= now_ns).count();
-        self.counters.leases_cut_short += late as u64;
-        self.grant_where(|wait| wait.deadline_ns <= now_ns, now_ns, actions);
+        let late = self.waits.iter().filter(|(_, wait)| wait.deadline_ns <= now_ns);
+        let late: Vec<u64> = late.map(|(id, _)| *id).collect();
+        self.counters.leases_cut_short += late.len() as u64;
+        self.grant_all(late, now_ns, actions);
     }
 
-    fn grant_where(&mut self, which: impl Fn(&Wait) -> bool, now_ns: u64, actions: &mut Vec<Action>) {
-        let ids: Vec<u64> = self.waits.iter().filter(|(_, wait)| which(wait)).map(|(id, _)| *id).collect();
+    fn grant_all(&mut self, ids: Vec<u64>, now_ns: u64, actions: &mut Vec<Action>) {
         for id in ids {
             if let Some(wait) = self.waits.remove(&id) {
                 self.grant(wait, now_ns, actions);
@@ -209,17 +214,46 @@ impl Core {
         self.unpin_all(&pins);
     }
 
-    /// Cuts each run off at its first gap.
-    pub(super) fn close_gaps(&mut self, wait: &mut Wait) {
+    /// Cuts each run off at the first slot that is not here and will not come in time, and pins what will. How
+    /// much that is.
+    pub(super) fn close_gaps(&mut self, wait: &mut Wait, now_ns: u64) -> usize {
+        let mut ahead = 0;
         for run in 0..wait.runs.len() {
-            if let Some(gap) = wait.runs[run].slots.iter().position(|slot| slot.here().is_none()) {
-                self.cut_off(wait, run, gap);
+            for slot in 0..wait.runs[run].slots.len() {
+                let coming = match wait.runs[run].slots[slot] {
+                    Slot::Here(_) => continue,
+                    Slot::There(key, bytes) if !wait.lends => self.coming(&key, now_ns).zip(Some(bytes)),
+                    Slot::There(..) | Slot::Abroad(..) => None,
+                };
+                let Some((record, bytes)) = coming else {
+                    self.cut_off(wait, run, slot);
+                    break;
+                };
+                wait.runs[run].slots[slot] = Slot::Here(record);
+                wait.left -= 1;
+                self.wait_bytes -= bytes;
+                self.store.pin(record);
+                ahead += 1;
             }
         }
+        ahead
+    }
+
+    /// The place of a record that the SSD will have brought in time.
+    fn coming(&self, key: &BlockKey, now_ns: u64) -> Option<RecordId> {
+        let ssd = self.ssd.as_ref()?;
+        let fetch = ssd.fetches.get(key)?;
+        ssd.will_bring(fetch.end, now_ns).then_some(fetch.record)
+    }
+
+    /// Whether a waiting lease still lacks a record.
+    pub(super) fn waits_for(&self, (id, run, slot): (u64, usize, usize), key: &BlockKey) -> bool {
+        let run = self.waits.get(&id).and_then(|wait| wait.runs.get(run));
+        run.is_some_and(|run| matches!(run.slots.get(slot), Some(Slot::There(lacking, _)) if lacking == key))
     }
 
     /// Checks what must always hold; for tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "checked"))]
     pub(super) fn check_waits(&self) {
         let mut bytes = 0;
         for wait in self.waits.values() {

@@ -8,9 +8,9 @@ use super::{Core, MAX_BLOCKS, MAX_RUNS};
 use crate::{
     event::{Action, BlockOutcome, CopyItem, Direction, LoadRun, Outcome, Registration, SaveRun},
     ids::{JobId, LeaseId, NamespaceId, SessionId},
-    jobs::Job,
+    jobs::{Job, JobKey, Progress},
     key::BlockKey,
-    ssd::CacheMode,
+    ssd::{Awaiting, CacheMode},
     store::{NewRecord, Record, RecordId, State},
 };
 
@@ -113,13 +113,15 @@ impl Core {
         let mut records = Vec::new();
         let mut items = Vec::new();
         let mut evicted = Vec::new();
+        let mode;
         {
             let Self { sessions, store, ssd, counters, .. } = self;
             let Some(owner) = sessions.get_mut(&session) else { return };
             let Some(registration) = &owner.registration else { return };
             let seed = owner.tenant.key.index_seed();
             let on_ssd = |key: &BlockKey| ssd.as_ref().is_some_and(|ssd| ssd.contains(key));
-            let durable = ssd.as_ref().is_some_and(|ssd| ssd.limits.mode == CacheMode::WriteThrough);
+            mode = ssd.as_ref().map_or_else(CacheMode::default, |ssd| ssd.mode(registration.cache_mode));
+            let durable = mode == CacheMode::WriteThrough;
             let mut rest = save.hashes.iter().zip(save.blocks);
             'runs: for (run, index) in runs.iter().zip(&groups) {
                 let group = &registration.groups[usize::from(*index)];
@@ -150,7 +152,8 @@ impl Core {
                         parent,
                     };
                     let fits = store.fits(new.bytes);
-                    let Some(record) = fits.then(|| store.insert(new, &mut evicted)).flatten() else {
+                    let insert = || store.insert(new, State::Writing, &mut evicted);
+                    let Some(record) = fits.then(insert).flatten() else {
                         counters.blocks_without_room += 1 + rest.len() as u64;
                         break 'runs;
                     };
@@ -182,23 +185,12 @@ impl Core {
             });
             return;
         }
-        let running = Job { word, tag, ..Job::new(Direction::Save, records, deadline_ns) };
-        self.begin(save, running, items, actions);
-    }
-
-    /// A job that was found right: its copy starts.
-    fn begin(
-        &mut self,
-        submitted: &Submitted<'_>,
-        running: Job,
-        items: Vec<CopyItem>,
-        actions: &mut Vec<Action>,
-    ) {
-        let Submitted { session, job, event, .. } = *submitted;
         let registration = self.sessions.get(&session).map_or(0, |owner| owner.registrations);
-        let direction = running.direction;
-        self.jobs.insert((session, job), Job { registration, ..running });
-        actions.push(Action::Copy { session, job, direction, items, event });
+        let running =
+            Job { word, tag, mode, registration, ..Job::new(Direction::Save, records, deadline_ns) };
+        self.jobs.insert((session, job), running);
+        let direction = Direction::Save;
+        actions.push(Action::Copy { session, job, direction, items, event: save.event });
     }
 
     pub(super) fn load(
@@ -215,15 +207,88 @@ impl Core {
             Ok(proved) => proved,
             Err(refusal) => return self.refuse(load, Direction::Load, refusal, actions),
         };
-        let Submitted { session, deadline_ns, .. } = *load;
+        let Submitted { session, job, deadline_ns, event, .. } = *load;
         if let Some(lease) = self.leases.get_mut(lease_id) {
             lease.jobs += 1;
         }
-        if let Some(owner) = self.sessions.get_mut(&session) {
-            owner.jobs += 1;
+        let Some(owner) = self.sessions.get_mut(&session) else { return };
+        owner.jobs += 1;
+        let registration = owner.registrations;
+        self.load_count += 1;
+        let serial = self.load_count;
+        let mut progress = Progress { serial, event, ..Progress::default() };
+        for (record, item) in records.iter().copied().zip(items) {
+            let coming = self.store.get(record).filter(|record| record.state == State::Reading);
+            let fetch = coming.and_then(|record| self.ssd.as_mut()?.fetches.get_mut(&record.key));
+            match fetch {
+                Some(fetch) => {
+                    fetch.loads.push(Awaiting { job: (session, job), serial, item });
+                    progress.awaited += 1;
+                }
+                None => progress.ready.push((record, item)),
+            }
         }
-        let running = Job { lease: Some(lease_id), ..Job::new(Direction::Load, records, deadline_ns) };
-        self.begin(load, running, items, actions);
+        let lease = Some(lease_id);
+        let running =
+            Job { lease, progress, registration, ..Job::new(Direction::Load, records, deadline_ns) };
+        self.jobs.insert((session, job), running);
+        self.next_piece((session, job), actions);
+    }
+
+    /// A record that a load waits for has come, or will not.
+    pub(super) fn load_goes_on(
+        &mut self,
+        awaiting: &Awaiting,
+        record: Option<RecordId>,
+        actions: &mut Vec<Action>,
+    ) {
+        let running = self.jobs.get_mut(&awaiting.job).map(|running| &mut running.progress);
+        let Some(progress) = running.filter(|progress| progress.serial == awaiting.serial) else { return };
+        progress.awaited -= 1;
+        let come = record.and_then(|id| Some((id, self.store.get(id)?.checksum)));
+        match come {
+            Some((id, checksum)) => progress.ready.push((id, CopyItem { checksum, ..awaiting.item })),
+            None => progress.failed = true,
+        }
+        self.next_piece(awaiting.job, actions);
+    }
+
+    /// Copies what of a load has come, if nothing of it is being copied; ends it if nothing is left to do.
+    pub(super) fn next_piece(&mut self, key: JobKey, actions: &mut Vec<Action>) {
+        let Some(running) = self.jobs.get_mut(&key) else { return };
+        let given_up = running.cancelled || running.progress.failed;
+        let progress = &mut running.progress;
+        if running.direction == Direction::Save || !progress.piece.is_empty() {
+            return;
+        }
+        if given_up || (progress.ready.is_empty() && progress.awaited == 0) {
+            return self.end_load(key, actions);
+        }
+        if progress.ready.is_empty() {
+            return;
+        }
+        let (piece, items) = progress.ready.drain(..).unzip();
+        progress.piece = piece;
+        let ((session, job), event) = (key, progress.event);
+        actions.push(Action::Copy { session, job, direction: Direction::Load, items, event });
+    }
+
+    /// On a disk that has brought nothing for so long, a request is better computed.
+    pub(super) fn fail_stalled_loads(&mut self, now_ns: u64, actions: &mut Vec<Action>) {
+        let Some(ssd) = &self.ssd else { return };
+        if !ssd.is_stalled(ssd.limits.ahead_ns.max(ssd.limits.wait_ns), now_ns) {
+            return;
+        }
+        let waiting = self.jobs.iter_mut().filter(|(_, running)| running.progress.awaited > 0);
+        let waiting: Vec<JobKey> = waiting
+            .map(|(key, running)| {
+                running.progress.failed = true;
+                *key
+            })
+            .collect();
+        for key in waiting {
+            self.next_piece(key, actions);
+        }
     }
 
     /// The second comparison of identity (the first was the lease): every block of the job
@@ -257,7 +322,7 @@ impl Core {
                 if record.key != key || !fits {
                     return Err(Refusal::Identity);
                 }
-                if record.state != State::Published {
+                if !matches!(record.state, State::Published | State::Reading) {
                     return Err(Refusal::Lease);
                 }
                 let offset = self.store.offset(*id).ok_or(Refusal::Lease)?;
@@ -278,10 +343,10 @@ impl Core {
         actions: &mut Vec<Action>,
     ) {
         let Some(running) = self.jobs.get_mut(&(session, job)) else { return };
-        debug_assert_eq!(running.records.len(), blocks.len());
         if running.direction == Direction::Load {
-            return self.load_done(session, job, blocks, actions);
+            return self.piece_done(session, job, blocks, actions);
         }
+        debug_assert_eq!(running.records.len(), blocks.len());
         let checksums: Vec<u64> = blocks
             .iter()
             .filter_map(|block| if let BlockOutcome::Copied(sum) = block { Some(*sum) } else { None })
@@ -321,7 +386,7 @@ impl Core {
             self.store.renew(*id);
         }
         self.counters.blocks_saved += u64::from(blocks);
-        running.writes_left = self.offer((session, job), &running.records);
+        running.writes_left = self.offer((session, job), &running.records, running.mode);
         if running.writes_left > 0 {
             self.jobs.insert((session, job), running);
             return;
@@ -338,16 +403,18 @@ impl Core {
         self.finish(session, job, &running, outcome, 0, actions);
     }
 
-    fn load_done(
+    fn piece_done(
         &mut self,
         session: SessionId,
         job: JobId,
         blocks: &[BlockOutcome],
         actions: &mut Vec<Action>,
     ) {
-        let Some(running) = self.jobs.remove(&(session, job)) else { return };
+        let Some(running) = self.jobs.get_mut(&(session, job)) else { return };
+        let piece = std::mem::take(&mut running.progress.piece);
+        debug_assert_eq!(piece.len(), blocks.len());
         let mut loaded = 0;
-        for (id, block) in running.records.iter().zip(blocks) {
+        for (id, block) in piece.iter().zip(blocks) {
             match block {
                 BlockOutcome::Copied(_) => loaded += 1,
                 BlockOutcome::Corrupt => {
@@ -367,13 +434,24 @@ impl Core {
                 BlockOutcome::Unreachable | BlockOutcome::Skipped => {}
             }
         }
-        let outcome = match (loaded == running.records.len(), running.cancelled) {
+        if let Some(running) = self.jobs.get_mut(&(session, job)) {
+            running.progress.loaded += loaded;
+            running.progress.failed |= loaded as usize != piece.len();
+        }
+        self.next_piece((session, job), actions);
+    }
+
+    /// Nothing of it is being copied, and nothing more will be.
+    fn end_load(&mut self, (session, job): JobKey, actions: &mut Vec<Action>) {
+        let Some(running) = self.jobs.remove(&(session, job)) else { return };
+        let loaded = running.progress.loaded;
+        let outcome = match (loaded as usize == running.records.len(), running.cancelled) {
             (_, true) => Outcome::Cancelled,
             (true, false) => Outcome::Done,
             (false, false) => Outcome::Failed,
         };
         if outcome == Outcome::Done && !running.reported {
-            self.counters.blocks_loaded += loaded as u64;
+            self.counters.blocks_loaded += u64::from(loaded);
             let bytes =
                 running.records.iter().filter_map(|id| self.store.get(*id)).map(|record| record.bytes);
             self.counters.bytes_loaded += bytes.sum::<u64>();
@@ -381,7 +459,7 @@ impl Core {
         if let Some(lease) = running.lease {
             self.leases.job_ended(lease, &mut self.store);
         }
-        self.finish(session, job, &running, outcome, loaded as u32, actions);
+        self.finish(session, job, &running, outcome, loaded, actions);
     }
 
     pub(super) fn finish(

@@ -26,7 +26,7 @@ fn write(store: &mut Store, name: u32, parent: Option<u32>) -> Option<Vec<BlockK
         parent: parent.map(key),
     };
     let mut evicted = Vec::new();
-    let id = store.insert(new, &mut evicted);
+    let id = store.insert(new, State::Writing, &mut evicted);
     if let Some(id) = id {
         store.publish(id, 0);
     }

@@ -82,6 +82,8 @@ pub static KEYS: &[Key] = &[
         "How the disks are read and written: `uring`, `threads`, or `auto`: io_uring where the kernel lets us."),
     key!(ssd_wait_ms: Whole, Kind::Whole(1, 450), "200", "ms", "200",
         "How long a lookup waits for blocks to be read from the SSD before it is answered with those that are there; connectors give up after 500 ms."),
+    key!(ssd_ahead_ms: Whole, Kind::Whole(0, 10_000), "1000", "ms", "1000",
+        "A lookup is also answered with blocks that will have been read from the SSD within this time, as fast as that has been; their load copies them as they come, and fails if none comes for this long. 0: only with those that are there."),
     key!(lease_seconds: Whole, Kind::Whole(1, 3600), "30", "s", "30",
         "How long a lease keeps blocks in place; renewed while its job lives."),
     key!(heartbeat_ms: Whole, Kind::Whole(10, 10_000), "250", "ms", "250",

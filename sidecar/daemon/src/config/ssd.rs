@@ -17,7 +17,8 @@ const DIRECTORIES_MAX: usize = 16;
 /// Records that may be known of the SSD, for each slot of the presence table.
 const RECORDS_PER_SLOT: u64 = 4;
 
-pub(super) const CACHE_MODES: &[&str] = &["write_back", "write_through", "write_around", "read_only"];
+/// What may be said of the SSD's cache mode.
+pub const CACHE_MODES: &[&str] = &["write_back", "write_through", "write_around", "read_only"];
 pub(super) const ENGINES: &[&str] = &["auto", "uring", "threads"];
 pub(super) const EXPECTED: &str =
     "a list of directories, each as \"path=capacity\", such as [\"/var/lib/pillion/ssd=100GiB\"]";
@@ -44,21 +45,32 @@ impl Config {
 
     /// `ssd_cache_mode` as the core knows it.
     pub fn ssd_cache_mode(&self) -> CacheMode {
-        match self.ssd_cache_mode.as_str() {
-            "write_through" => CacheMode::WriteThrough,
-            "write_around" => CacheMode::WriteAround,
-            "read_only" => CacheMode::ReadOnly,
-            _ => CacheMode::WriteBack,
-        }
+        cache_mode(&self.ssd_cache_mode).unwrap_or_default()
     }
 
     /// Bounds of the SSD's part for a pool of this size; `None` without a directory.
     pub fn ssd_limits(&self, pool_bytes: u64) -> Option<SsdLimits> {
         let records_max = (RECORDS_PER_SLOT * self.presence_slots) as usize;
-        let wait_ns = self.ssd_wait_ms * 1_000_000;
-        let limits = || SsdLimits::for_pool(pool_bytes, self.ssd_cache_mode(), wait_ns, records_max);
+        let limits = || SsdLimits {
+            mode: self.ssd_cache_mode(),
+            wait_ns: self.ssd_wait_ms * 1_000_000,
+            ahead_ns: self.ssd_ahead_ms * 1_000_000,
+            records_max,
+            ..SsdLimits::for_pool(pool_bytes)
+        };
         (!self.ssd.is_empty()).then(limits)
     }
+}
+
+/// A cache mode by its name.
+pub fn cache_mode(name: &str) -> Option<CacheMode> {
+    Some(match name {
+        "write_back" => CacheMode::WriteBack,
+        "write_through" => CacheMode::WriteThrough,
+        "write_around" => CacheMode::WriteAround,
+        "read_only" => CacheMode::ReadOnly,
+        _ => return None,
+    })
 }
 
 /// A variable's or flag's text: separated by commas, in brackets or not.

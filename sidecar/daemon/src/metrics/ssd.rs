@@ -41,6 +41,8 @@ pub struct SsdCounters {
     pub leases_waited: u64,
     /// Of these, answered before all was there.
     pub leases_cut_short: u64,
+    /// Leases that were granted while some of their blocks were still to be read.
+    pub leases_ahead: u64,
     /// Segments that are not written again after an error, now.
     pub retired_segments: u64,
     /// Directories that take no writes any more, now.
@@ -58,6 +60,7 @@ pub(super) struct SsdMetrics {
     failures: PerLabel<Access, Counter>,
     unwritten: Counter,
     waits: PerLabel<Waited, Counter>,
+    ahead: Counter,
 }
 
 impl SsdMetrics {
@@ -81,7 +84,9 @@ impl SsdMetrics {
         let failures = PerLabel::register(r, "ssd_failures", help, None, counters);
         let help = "Blocks that left the host pool before they were written to the SSD";
         let unwritten = plain(r, "ssd_unwritten_blocks", help, None);
-        Self { hidden, waiting, retired, read_only, blocks, bytes, failures, unwritten, waits }
+        let help = "Leases that were granted while some of their blocks were still to be read from the SSD";
+        let ahead = plain(r, "ssd_leases_ahead", help, None);
+        Self { hidden, waiting, retired, read_only, blocks, bytes, failures, unwritten, waits, ahead }
     }
 
     pub(super) fn set(&self, now: &SsdCounters) {
@@ -99,5 +104,6 @@ impl SsdMetrics {
         // One that waits right now is neither.
         store(self.waits.at(Waited::Whole), now.leases_waited.saturating_sub(now.leases_cut_short));
         store(self.waits.at(Waited::CutShort), now.leases_cut_short);
+        store(&self.ahead, now.leases_ahead);
     }
 }

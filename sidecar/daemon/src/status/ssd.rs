@@ -43,6 +43,8 @@ pub struct SsdStatus {
     pub leases_waited: u64,
     /// Of these, answered before all was there.
     pub leases_cut_short: u64,
+    /// Leases that were granted while some of their blocks were still to be read.
+    pub leases_ahead: u64,
 }
 
 /// One directory.
@@ -88,6 +90,7 @@ impl SsdStatus {
         self.blocks_dropped = now.dropped;
         self.leases_waited = now.leases_waited;
         self.leases_cut_short = now.leases_cut_short;
+        self.leases_ahead = now.leases_ahead;
     }
 
     pub(super) fn print(&self, out: &mut impl io::Write) -> io::Result<()> {
@@ -122,8 +125,8 @@ impl SsdStatus {
         )?;
         writeln!(
             out,
-            "  waited for  by {} lookups, {} of them cut short",
-            self.leases_waited, self.leases_cut_short
+            "  waited for  by {} lookups, {} of them cut short; {} answered while blocks were still to be read",
+            self.leases_waited, self.leases_cut_short, self.leases_ahead
         )
     }
 }

@@ -129,7 +129,7 @@ tier ssd, write_back
   blocks      7 can be found, 0 of tenants that have not attached, 0 dropped
   written     9 blocks, 9.0 MiB; 0 waiting, 0 left the pool before, 0 failed
   read        0 blocks, 0 B; 0 failed, of these 0 damaged
-  waited for  by 0 lookups, 0 of them cut short
+  waited for  by 0 lookups, 0 of them cut short; 0 answered while blocks were still to be read
 faults        0 checksum failures, 0 identity mismatches, 0 protocol errors
 ";
     assert_eq!(String::from_utf8(out).unwrap(), expected);

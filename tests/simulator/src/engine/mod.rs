@@ -96,7 +96,8 @@ impl Engine {
             let spaces: Vec<Space> = (0..plan.groups.len()).map(of_group).collect();
             let groups = spaces.iter().zip(&plan.groups);
             let groups = groups.map(|(space, group)| oracle::group(space, group, plan.scale)).collect();
-            let registration = Registration { num_blocks: plan.blocks.into(), groups };
+            let registration =
+                Registration { num_blocks: plan.blocks.into(), groups, cache_mode: plan.cache_modes[number] };
             Rank {
                 sidecar: *sidecar,
                 memory: vec![[0; 2]; plan.blocks as usize],

@@ -101,8 +101,10 @@ impl World {
         outcome: Outcome,
         quiesced: bool,
     ) {
-        let through = self.plan.ssd.as_ref().is_some_and(|ssd| ssd.mode == CacheMode::WriteThrough);
+        let usual = self.plan.ssd.as_ref().map(|ssd| ssd.mode);
         let Some(boot) = self.boot(sidecar) else { return };
+        let asked = boot.sessions.get(&session).and_then(|live| live.cache_mode);
+        let through = usual.is_some_and(|usual| asked.unwrap_or(usual) == CacheMode::WriteThrough);
         let boot_id = boot.id;
         let Some(accepted) = boot.jobs.get_mut(&(session, job)) else {
             return self.net.broken("I2", || format!("{job:?} ends and does not run: {outcome:?}"));
@@ -153,12 +155,15 @@ impl World {
             let known = counters.ssd_records + counters.ssd_records_hidden;
             bound("records on the SSD", known, ssd.records_max as u64);
             // What is written to the SSD is pinned, too; one that is waited for is pinned before its turn.
-            let waited_for = if ssd.mode == CacheMode::WriteThrough { limits.pool_bytes } else { 0 };
+            let modes = boot.sessions.values().filter_map(|live| live.cache_mode).chain([ssd.mode]);
+            let waits = modes.into_iter().any(|mode| mode == CacheMode::WriteThrough);
+            let waited_for = if waits { limits.pool_bytes } else { 0 };
             pinned_max += ssd.put_bytes_max.max(boot.record_bytes_max) + waited_for;
         }
         bound("pinned bytes", counters.pinned_bytes, pinned_max);
         let jobs_max = limits.session_jobs_max as u64;
         if is_tick {
+            boot.core.check_invariants();
             let most = boot.core.sessions().map(|session| session.jobs as u64).max().unwrap_or(0);
             bound("jobs of a session", most, jobs_max);
             let listens = |session: &SessionId| boot.sessions.get(session).is_some_and(|live| !live.ended);

@@ -80,6 +80,7 @@ impl Boot {
             ssd: plan.ssd.as_ref().map(|ssd| SsdLimits {
                 mode: ssd.mode,
                 wait_ns: ssd.wait_ns,
+                ahead_ns: ssd.ahead_ns,
                 records_max: ssd.records_max,
                 offers_max: ssd.offers_max,
                 puts_max: ssd.in_flight_max,

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, rc::Rc, sync::Arc};
 
-use pillion_core::{Event, JobId, Outcome, Registration, Role, SessionId};
+use pillion_core::{CacheMode, Event, JobId, Outcome, Registration, Role, SessionId};
 use pillion_shm::{
     ring::{self, Completion, RingReader, RingWriter},
     words::JobWords,
@@ -25,6 +25,8 @@ pub(super) struct Live {
     pub(super) words: Option<Arc<JobWords>>,
     /// Bytes of each group's record, in the simulated pool.
     pub(super) record_bytes: Vec<u64>,
+    /// As its engine asked.
+    pub(super) cache_mode: Option<CacheMode>,
     /// Its connection has ended: nothing more is read.
     pub(super) ended: bool,
 }
@@ -55,6 +57,7 @@ impl World {
             overflow: VecDeque::new(),
             words,
             record_bytes: Vec::new(),
+            cache_mode: None,
             ended: false,
         };
         let session = SessionId(conn.id);
@@ -91,6 +94,7 @@ impl World {
         let scale = self.plan.scale;
         let Some(live) = self.boot(sidecar).and_then(|boot| boot.sessions.get_mut(&session)) else { return };
         live.record_bytes = registration.groups.iter().map(|group| group.record_bytes / scale).collect();
+        live.cache_mode = registration.cache_mode;
         let end = live.end;
         self.apply(sidecar, Event::Registered { session, registration });
         self.net.down(end, session.0, Down::Registered);

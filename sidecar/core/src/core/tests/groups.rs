@@ -11,7 +11,7 @@ fn hybrid(rig: &mut Rig, name: &str) -> (Engine, NamespaceId) {
     let groups = vec![group("m", RECORD), group("states", STATE)];
     rig.apply(Event::Registered {
         session: engine.worker,
-        registration: Registration { num_blocks: 64, groups },
+        registration: Registration { num_blocks: 64, groups, cache_mode: None },
     });
     let states = namespace("states");
     let space = states.id(&tenant(1), b"");
@@ -251,7 +251,7 @@ fn halves_that_two_ranks_stored_fill_the_blocks_of_one() {
     let groups = [vec![group("whole", 2 * RECORD)], halves.to_vec()].concat();
     rig.apply(Event::Registered {
         session: reader.worker,
-        registration: Registration { num_blocks: 64, groups },
+        registration: Registration { num_blocks: 64, groups, cache_mode: None },
     });
     for writer in &writers {
         rig.save(writer, None, 1..3);

@@ -9,6 +9,7 @@ pub(super) fn limits(mode: CacheMode) -> SsdLimits {
     SsdLimits {
         mode,
         wait_ns: 200 * MS,
+        ahead_ns: 1000 * MS,
         records_max: 100,
         offers_max: 64,
         puts_max: 4,
@@ -214,6 +215,7 @@ fn nobody_waits_for_a_disk_that_hangs_but_the_first() {
     let second = next.ask(&engine, 0..4);
     assert_eq!(next.answer(second), Some(0), "at once");
     // It comes back: what it was asked for is there, and it is waited for again.
+    next.now += 200 * MS;
     next.get(None);
     let third = next.ask(&engine, 0..4);
     assert_eq!(next.answer(third), None);
@@ -439,4 +441,204 @@ fn what_may_be_known_is_bounded() {
     rig.put_all();
     let on_ssd = (0..5).filter(|n| rig.tiers(&engine, *n) & TIER_SSD != 0).count();
     assert_eq!((on_ssd, rig.core.counters().ssd_records), (3, 3));
+}
+
+/// A sidecar that has six blocks on its SSD, has read others from it at a steady pace, and was asked for these.
+fn ahead() -> (Rig, Engine, u64) {
+    let mut rig = rig(16);
+    let engine = rig.engine("e", &tenant(1), "m");
+    rig.saved(&engine, None, 0..6);
+    rig.saved(&engine, None, 20..24);
+    rig.put_all();
+    let mut next = rig.restarted(16);
+    let engine = next.engine("e", &tenant(1), "m");
+    let first = next.ask(&engine, 20..24);
+    while !next.gets.is_empty() {
+        next.now += 5 * MS;
+        next.get(None);
+    }
+    let (lease, _) = next.leased[&first];
+    next.apply(Event::Release { session: engine.scheduler, lease });
+    let before = next.core.counters().leases_ahead;
+    let request = next.ask(&engine, 0..6);
+    assert_eq!(next.core.counters().leases_ahead, before + 1);
+    (next, engine, request)
+}
+
+#[test]
+fn a_lease_covers_what_the_disk_will_have_brought_and_its_load_copies_what_has_come() {
+    let (mut rig, engine, request) = ahead();
+    assert_eq!((rig.answer(request), rig.gets.len()), (Some(6), 4), "granted while it is read");
+    assert_eq!(rig.core.counters().pinned_bytes, 6 * RECORD);
+    let load = rig.load(&engine, rig.leased[&request].0, 0, 0..6);
+    assert!(rig.copies.is_empty(), "nothing has come");
+    rig.get(None);
+    rig.get(None);
+    assert_eq!(rig.copies.len(), 1, "one piece at a time");
+    rig.copied();
+    assert_eq!(rig.copies[0].3.len(), 1);
+    assert_eq!(rig.copies[0].3[0].checksum, rig.disk[&key_of(&engine, 1)].checksum);
+    rig.get_all();
+    rig.copied();
+    assert_eq!((rig.copies[0].3.len(), rig.done.len()), (4, 0));
+    rig.copied();
+    assert_eq!(rig.done.len(), 1);
+    assert_eq!(rig.last(), (load, Outcome::Done, true, 6));
+    assert!((0..6).all(|n| rig.tiers(&engine, n) == TIER_HOST | TIER_SSD));
+}
+
+fn key_of(engine: &Engine, n: u32) -> [u8; 32] {
+    BlockKey::new(&tenant(1).key, engine.space, 0, &hash(n)).bytes()
+}
+
+#[test]
+fn a_read_that_fails_under_a_load_fails_it_and_leaves_nothing_behind() {
+    for ending in [GetEnding::Corrupt, GetEnding::Gone, GetEnding::Busy] {
+        let (mut rig, engine, request) = ahead();
+        let lease = rig.leased[&request].0;
+        let load = rig.load(&engine, lease, 0, 0..6);
+        rig.get(None);
+        rig.get(Some(ending));
+        assert!(rig.done.is_empty(), "its first block is being copied");
+        rig.copied();
+        assert_eq!(rig.last(), (load, Outcome::Failed, true, 0));
+        let again = rig.load(&engine, lease, 0, 0..6);
+        assert_eq!(rig.last(), (again, Outcome::Failed, true, 0), "the lease has lost one");
+        rig.get_all();
+        assert_eq!(rig.done.len(), 2);
+        rig.apply(Event::Release { session: engine.scheduler, lease });
+        let counters = rig.core.counters();
+        assert_eq!((counters.pinned_bytes, counters.records, counters.jobs), (0, 4 + 5, 0));
+    }
+}
+
+#[test]
+fn a_load_whose_disk_hangs_fails_before_its_deadline() {
+    let (mut rig, engine, request) = ahead();
+    let load = rig.load(&engine, rig.leased[&request].0, 0, 0..6);
+    rig.now += 1000 * MS;
+    rig.apply(Event::Tick);
+    assert!(rig.done.is_empty());
+    rig.now += 1;
+    rig.apply(Event::Tick);
+    assert_eq!(rig.last(), (load, Outcome::Failed, true, 0), "at once: nothing of it is being copied");
+    let request = rig.ask(&engine, 0..6);
+    assert_eq!(rig.answer(request), Some(0), "and nobody is promised what hangs");
+}
+
+#[test]
+fn a_load_that_waits_for_the_disk_is_given_up_at_once() {
+    let give_up: [fn(&mut Rig, &Engine, JobId); 4] = [
+        |rig, engine, job| rig.apply(Event::Cancel { session: engine.worker, job }),
+        |rig, engine, _| rig.apply(Event::Unregister { session: engine.worker, request: 1 }),
+        |rig, engine, _| rig.apply(Event::Detached { session: engine.worker }),
+        |rig, _, _| {
+            rig.now += 2 * SECOND;
+            rig.apply(Event::Tick);
+        },
+    ];
+    for (case, give_up) in give_up.into_iter().enumerate() {
+        let (mut rig, engine, request) = ahead();
+        let lease = rig.leased[&request].0;
+        let load = rig.load(&engine, lease, 0, 0..6);
+        give_up(&mut rig, &engine, load);
+        let outcomes: Vec<_> =
+            rig.done.iter().map(|(_, _, outcome, quiesced, _)| (*outcome, *quiesced)).collect();
+        let expected = match case {
+            0 | 1 => vec![(Outcome::Cancelled, true)],
+            2 => vec![],
+            _ => vec![(Outcome::Failed, false), (Outcome::AlreadyReported, true)],
+        };
+        assert_eq!(outcomes, expected, "{case}");
+        assert_eq!(
+            (rig.unregistered.len(), rig.ended.len()),
+            (usize::from(case == 1), usize::from(case == 2))
+        );
+        rig.get_all();
+        assert!(rig.copies.is_empty(), "nothing is copied any more");
+        rig.apply(Event::Release { session: engine.scheduler, lease });
+        assert_eq!((rig.core.counters().pinned_bytes, rig.core.counters().jobs), (0, 0));
+    }
+}
+
+/// Groups of the new memory may have other lengths: with them, what lies behind a record would be copied with it.
+#[test]
+fn what_a_load_still_waits_for_is_not_copied_into_memory_that_was_presented_since() {
+    for ended in [false, true] {
+        let (mut rig, engine, request) = ahead();
+        let load = rig.load(&engine, rig.leased[&request].0, 0, 0..6);
+        rig.get(None);
+        assert_eq!(rig.copies.len(), 1, "its first block is being copied");
+        if ended {
+            rig.copied();
+        }
+        let longer = Registration { num_blocks: 64, groups: vec![group("m", 4 * RECORD)], cache_mode: None };
+        rig.apply(Event::Registered { session: engine.worker, registration: longer });
+        rig.get_all();
+        assert_eq!(rig.copies.len(), usize::from(!ended), "nothing more is copied");
+        if !ended {
+            rig.copied();
+        }
+        assert_eq!(rig.last(), (load, Outcome::Cancelled, true, 0));
+        assert_eq!(rig.core.counters().jobs, 0);
+    }
+}
+
+#[test]
+fn a_slow_disk_is_promised_for_no_further_than_it_reaches() {
+    let mut rig = rig(16);
+    let engine = rig.engine("e", &tenant(1), "m");
+    rig.saved(&engine, None, 0..10);
+    rig.put_all();
+    let mut next = rig.restarted(16);
+    let engine = next.engine("e", &tenant(1), "m");
+    let request = next.ask(&engine, 0..10);
+    next.now += 199 * MS;
+    next.get(None);
+    assert_eq!(next.answer(request), None, "ten would take two seconds");
+    next.now += MS;
+    next.apply(Event::Tick);
+    assert_eq!(next.answer(request), Some(1 + 5), "what is here, and a second of it");
+    assert_eq!(next.core.counters().leases_cut_short, 1);
+    let (lease, _) = next.leased[&request];
+    next.apply(Event::Release { session: engine.scheduler, lease });
+    next.get_all();
+    assert_eq!(next.core.counters().records, 5, "what had not begun is not read");
+    assert_eq!(next.core.counters().pinned_bytes, 0);
+}
+
+#[test]
+fn each_engine_may_have_a_cache_mode_of_its_own() {
+    let mut rig = rig(16);
+    let modes = [None, Some(CacheMode::WriteThrough), Some(CacheMode::ReadOnly), Some(CacheMode::WriteBack)];
+    let engines: Vec<Engine> = modes
+        .into_iter()
+        .enumerate()
+        .map(|(n, cache_mode)| {
+            let engine = rig.engine(&format!("e{n}"), &tenant(1), &format!("m{n}"));
+            let registration = Registration { cache_mode, ..registration(&format!("m{n}")) };
+            rig.apply(Event::Registered { session: engine.worker, registration });
+            engine
+        })
+        .collect();
+    let mut saved = |n: usize| {
+        let (done, puts) = (rig.done.len(), rig.puts.len());
+        rig.save(&engines[n], None, 0..2);
+        rig.copied();
+        let durable = rig.puts.iter().skip(puts).filter(|put| put.durable).count();
+        let seen = (rig.done.len() > done, rig.puts.len() - puts, durable);
+        rig.put_all();
+        assert_eq!(rig.last().1, Outcome::Done);
+        seen
+    };
+    assert_eq!(saved(0), (true, 2, 0), "as the sidecar is configured");
+    assert_eq!(saved(1), (false, 2, 2), "acknowledged when it is on stable storage");
+    assert_eq!(saved(2), (true, 0, 0), "nothing is written");
+    assert_eq!(saved(3), (true, 2, 0));
+    let mut rig = Rig::with(8, Some(limits(CacheMode::ReadOnly)));
+    let engine = rig.engine("e", &tenant(1), "m");
+    let registration = Registration { cache_mode: Some(CacheMode::WriteThrough), ..registration("m") };
+    rig.apply(Event::Registered { session: engine.worker, registration });
+    rig.saved(&engine, None, 0..2);
+    assert!(rig.puts.is_empty(), "a disk that is only read stays that, whoever asks");
 }

@@ -74,21 +74,24 @@ fn mode() -> impl Strategy<Value = CacheMode> {
 struct Walk {
     rig: Rig,
     mode: CacheMode,
+    ahead_ns: u64,
     engines: Vec<Engine>,
     /// Per offset, the key whose bytes lie there.
     lies: HashMap<u64, [u8; 32]>,
     leases: Vec<(Engine, u64, u32)>,
     /// Requests that were not answered: who asked, the blocks, and when.
     asked: Vec<(Engine, u64, u32, u64)>,
-    meant: HashMap<JobId, Vec<[u8; 32]>>,
+    /// Which key each block of a job is about.
+    meant: HashMap<JobId, HashMap<u64, [u8; 32]>>,
     names: u32,
 }
 
 impl Walk {
-    fn limits(mode: CacheMode) -> SsdLimits {
+    fn limits(mode: CacheMode, ahead_ns: u64) -> SsdLimits {
         SsdLimits {
             mode,
             wait_ns: 200_000_000,
+            ahead_ns,
             records_max: 40,
             offers_max: 8,
             puts_max: 3,
@@ -98,11 +101,12 @@ impl Walk {
         }
     }
 
-    fn new(mode: CacheMode) -> Self {
-        let rig = Rig::with(10, Some(Self::limits(mode)));
+    fn new(mode: CacheMode, ahead_ns: u64) -> Self {
+        let rig = Rig::with(10, Some(Self::limits(mode, ahead_ns)));
         let mut walk = Self {
             rig,
             mode,
+            ahead_ns,
             engines: Vec::new(),
             lies: HashMap::new(),
             leases: Vec::new(),
@@ -130,6 +134,11 @@ impl Walk {
         BlockKey::new(&owner.key, engine.space, 0, &hash(n)).bytes()
     }
 
+    /// The engine's blocks of these hashes, and their keys.
+    fn keys(engine: &Engine, hashes: std::ops::Range<u32>) -> HashMap<u64, [u8; 32]> {
+        hashes.map(|n| (u64::from(n % 64), Self::key(engine, n))).collect()
+    }
+
     fn step(&mut self, step: &Step) {
         match *step {
             Step::Save { engine, start, count } => {
@@ -137,12 +146,9 @@ impl Walk {
                 let before = self.rig.copies.len();
                 self.rig.save(&engine, start.checked_sub(1), start..start + count);
                 if let Some((_, job, _, items)) = self.rig.copies.get(before).cloned() {
-                    let hashes: HashMap<u64, u32> =
-                        (start..start + count).map(|n| (u64::from(n % 64), n)).collect();
-                    let keys: Vec<_> =
-                        items.iter().map(|item| Self::key(&engine, hashes[&item.block])).collect();
-                    for (item, key) in items.iter().zip(&keys) {
-                        self.lies.insert(item.offset, *key);
+                    let keys = Self::keys(&engine, start..start + count);
+                    for item in items {
+                        self.lies.insert(item.offset, keys[&item.block]);
                     }
                     self.meant.insert(job, keys);
                 }
@@ -155,12 +161,8 @@ impl Walk {
             Step::Load { pick } if !self.leases.is_empty() => {
                 let (engine, request, start) = self.leases[pick % self.leases.len()];
                 let (lease, blocks) = self.rig.leased[&request];
-                let before = self.rig.copies.len();
                 let job = self.rig.load(&engine, lease, 0, start..start + blocks);
-                if self.rig.copies.len() > before {
-                    self.meant.insert(job, (start..start + blocks).map(|n| Self::key(&engine, n)).collect());
-                    self.check_copy(before);
-                }
+                self.meant.insert(job, Self::keys(&engine, start..start + blocks));
             }
             Step::Release { pick } if !self.leases.is_empty() => {
                 let (engine, request, _) = self.leases.swap_remove(pick % self.leases.len());
@@ -168,7 +170,6 @@ impl Walk {
                 self.rig.apply(Event::Release { session: engine.scheduler, lease });
             }
             Step::Copy { bad } if !self.rig.copies.is_empty() => {
-                self.check_copy(0);
                 let fault = match self.rig.copies[0].2 {
                     Direction::Load => BlockOutcome::Corrupt,
                     Direction::Save => BlockOutcome::Unreachable,
@@ -183,6 +184,7 @@ impl Walk {
             Step::Get { bad } if !self.rig.gets.is_empty() => {
                 let GetAsked { key, offset, .. } = self.rig.gets[0].clone();
                 self.lies.insert(offset, key);
+                self.rig.now += 2_500_000;
                 self.rig.get(match bad {
                     0 => Some(GetEnding::Corrupt),
                     1 => Some(GetEnding::Gone),
@@ -217,6 +219,7 @@ impl Walk {
             _ => {}
         }
         self.answers();
+        self.check_copies();
     }
 
     fn answers(&mut self) {
@@ -230,17 +233,18 @@ impl Walk {
         });
     }
 
-    /// A copy's extents hold what it is about, from its begin to its end.
-    fn check_copy(&self, index: usize) {
-        let (_, job, _, items) = &self.rig.copies[index];
-        for (item, key) in items.iter().zip(&self.meant[job]) {
-            assert_eq!(self.lies[&item.offset], *key, "a copy of another block");
+    /// The extents of what is being copied hold what it is about, from its begin to its end.
+    fn check_copies(&self) {
+        for (_, job, _, items) in &self.rig.copies {
+            for item in items {
+                assert_eq!(self.lies[&item.offset], self.meant[job][&item.block], "a copy of another block");
+            }
         }
     }
 
     fn restart(&mut self) {
         let disk = std::mem::take(&mut self.rig.disk);
-        let mut rig = Rig::with(10, Some(Self::limits(self.mode)));
+        let mut rig = Rig::with(10, Some(Self::limits(self.mode, self.ahead_ns)));
         rig.now = self.rig.now;
         (rig.jobs, rig.sessions) = (self.rig.jobs, self.rig.sessions);
         rig.apply(Event::SsdFound { records: disk.values().cloned().collect() });
@@ -287,8 +291,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn nothing_is_mixed_up_and_everything_ends(mode in mode(), steps in proptest::collection::vec(step(), 1..120)) {
-        let mut walk = Walk::new(mode);
+    fn nothing_is_mixed_up_and_everything_ends(
+        mode in mode(),
+        ahead_ns in prop_oneof![Just(0u64), Just(5_000_000), Just(1_000_000_000)],
+        steps in proptest::collection::vec(step(), 1..120),
+    ) {
+        let mut walk = Walk::new(mode, ahead_ns);
         for step in &steps {
             walk.step(step);
         }
