@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -101,6 +102,54 @@ class LmcacheServer:
         for file in self.place.iterdir():
             file.unlink()
         self.place.rmdir()
+
+
+class LmcacheClient:
+    """LMCache's bench client against such a server, in a process of its own; see `lmcache_client`."""
+
+    def __init__(self, server: LmcacheServer, *, shape: str, blocks: int, block: int, tokens: int, way: str) -> None:
+        config = {
+            "rpc_url": f"tcp://127.0.0.1:{server.port}",
+            "http_url": f"http://127.0.0.1:{server.http}",
+            "mode": "cpu",
+            "transfer_mode": way,
+            "tp_size": 1,
+            "use_mla": False,
+            # It puts a token of its own before these.
+            "num_tokens": tokens - 1,
+            "kvcache_shape_spec": shape,
+            "num_blocks": blocks,
+            "block_size": block,
+        }
+        self.log = server.place / "client.log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [server.python, "-m", "harness.lmcache_client", json.dumps(config)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, **QUIET},
+            )
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = self.log.read_text(errors="replace").splitlines()[-20:]
+            raise Unavailable("\n".join(["its bench client ended", *tail]))
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, op: str, sequence: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"op": op, "sequence": sequence}).encode() + b"\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        end_group(self.process)
 
 
 QUIET: Mapping[str, str] = {
