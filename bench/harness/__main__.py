@@ -16,7 +16,12 @@ from types import FrameType
 from harness.machine import machine
 from harness.report import all_met, document, table, write
 
-NAMES = {"lookup": "harness.lookup", "step": "harness.step", "copy": "harness.transfer", "ttft": "harness.ttft"}
+NAMES = {
+    "lookup": "harness.lookup",
+    "step": "harness.step",
+    "copy": "harness.transfer",
+    "ttft": "harness.ttft",
+}
 
 
 def end(number: int, _frame: FrameType | None) -> None:

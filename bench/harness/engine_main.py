@@ -49,7 +49,7 @@ class Silent(engine_main.Stats):
 
 
 if __name__ == "__main__":
-    engine_main.Stats = Silent
+    engine_main.Stats = Silent  # type: ignore[misc]
     if importlib.util.find_spec("pillion") is None:
         engine_main.PRELOAD.remove("pillion.vllm.connector")
         let_vllm_look_at_llvmlite()

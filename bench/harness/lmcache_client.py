@@ -18,7 +18,9 @@ class Client:
     def __init__(self, config: dict[str, Any]) -> None:
         place = "lmcache.cli.commands.bench.server_bench"
         options = importlib.import_module(f"{place}.config").BenchConfig(**config)
-        self.client = importlib.import_module(f"{place}.client").ServerBenchClient(options, lambda _text: None)
+        self.client = importlib.import_module(f"{place}.client").ServerBenchClient(
+            options, lambda _text: None
+        )
         self.client.start()
         self.numbers = itertools.count()
 
@@ -30,7 +32,12 @@ class Client:
         request = self.request(sequence)
         found = self.client.lookup(request)
         self.client.end_session(request)
-        return {"ms": found.latency_ms, "found": found.hit_chunks, "of": found.total_chunks, "error": found.error}
+        return {
+            "ms": found.latency_ms,
+            "found": found.hit_chunks,
+            "of": found.total_chunks,
+            "error": found.error,
+        }
 
     def store(self, sequence: int) -> dict[str, Any]:
         """Milliseconds of a store of the whole prompt; nothing of it may be there."""

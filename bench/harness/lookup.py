@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chaos.engine import FakeEngine, Shape, chain
-from chaos.sidecar import Sidecar, until
+from chaos.sidecar import Sidecar
 from harness.peers import LmcacheClient, LmcacheServer, Unavailable
 from harness.report import Better, Row
 
@@ -237,8 +237,10 @@ class Bench:
         self.unknown = {size: chain(f"not there {size}", size) for size in SIZES}
         for hashes in self.prompts.values():
             self.engine.must_save(hashes)
-        for hashes in self.prompts.values():
-            until(lambda hashes=hashes: self.engine.lookup(hashes) == len(hashes), "what was saved to be found")
+        self.engine.wait_for(self._all_found, "what was saved to be found")
+
+    def _all_found(self) -> bool:
+        return all(self.engine.lookup(hashes) == size for size, hashes in self.prompts.items())
 
     def contenders(self, size: int) -> dict[tuple[str, bool], Call]:
         made: dict[tuple[str, bool], Call] = {}
@@ -281,7 +283,9 @@ class Bench:
                 rows.append(Row.within("P5", f"{case}, {text}, p50", mine.medians, limit, "µs"))
                 if ours == "lease":
                     note = f"of {len(mine.calls):,} calls"
-                    rows.append(Row.within("P5", f"{case}, {text}, p99", [mine.p99()], LEASE_P99_US, "µs", note=note))
+                    rows.append(
+                        Row.within("P5", f"{case}, {text}, p99", [mine.p99()], LEASE_P99_US, "µs", note=note)
+                    )
                 peers = ["vLLM's own prefix cache", "Unix socket, Python", "ZeroMQ, Python", "LMCache MP"]
                 rows += [self._beside(f"{case}, {text}, p50", mine, figures, peer, there) for peer in peers]
         return rows
@@ -293,7 +297,9 @@ class Bench:
         theirs = figures.get((peer, there)) or (figures.get((peer, True)) if peer != "LMCache MP" else None)
         if theirs is None:
             return Row.without("P5", case, peer, "µs", self.missing or "not measured")
-        return Row.of("P5", case, peer, "µs", Better.LESS, list(zip(mine.medians, theirs.medians, strict=True)))
+        return Row.of(
+            "P5", case, peer, "µs", Better.LESS, list(zip(mine.medians, theirs.medians, strict=True))
+        )
 
 
 def measure(quick: bool) -> list[Row]:

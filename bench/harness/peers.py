@@ -107,7 +107,9 @@ class LmcacheServer:
 class LmcacheClient:
     """LMCache's bench client against such a server, in a process of its own; see `lmcache_client`."""
 
-    def __init__(self, server: LmcacheServer, *, shape: str, blocks: int, block: int, tokens: int, way: str) -> None:
+    def __init__(
+        self, server: LmcacheServer, *, shape: str, blocks: int, block: int, tokens: int, way: str
+    ) -> None:
         config = {
             "rpc_url": f"tcp://127.0.0.1:{server.port}",
             "http_url": f"http://127.0.0.1:{server.http}",
@@ -164,5 +166,3 @@ QUIET: Mapping[str, str] = {
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-

@@ -75,7 +75,14 @@ class Row:
 
     @classmethod
     def within(
-        cls, metric: str, case: str, values: Sequence[float], limit: float, unit: str, *, note: str | None = None
+        cls,
+        metric: str,
+        case: str,
+        values: Sequence[float],
+        limit: float,
+        unit: str,
+        *,
+        note: str | None = None,
     ) -> Row:
         """A time beside a limit that is a number: met where the median is at most that."""
         peer = f"{limit:g} {unit}"
@@ -113,7 +120,7 @@ def table(rows: Sequence[Row]) -> str:
 
     lines = [["", "case", "ours", "beside", "theirs", "unit", "ratio", "spread", "budget", "", ""]]
     for row in rows:
-        spread = f"{row.spread[0]:.2f}–{row.spread[1]:.2f}" if row.spread else ""
+        spread = f"{row.spread[0]:.2f}-{row.spread[1]:.2f}" if row.spread else ""
         budget = "" if row.budget is None else f"{row.budget:g}"
         lines.append(
             [
@@ -150,7 +157,9 @@ def write(path: Path, report: dict[str, Any]) -> None:
     """One row a line, so that two reports can be compared by eye."""
     rows = ",\n".join(f"    {json.dumps(row, ensure_ascii=False)}" for row in report["rows"])
     head = {key: value for key, value in report.items() if key != "rows"}
-    lines = [f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n" for key, value in head.items()]
+    lines = [
+        f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)},\n" for key, value in head.items()
+    ]
     path.write_text(f'{{\n{"".join(lines)}  "rows": [\n{rows}\n  ]\n}}\n')
 
 

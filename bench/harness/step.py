@@ -30,7 +30,11 @@ ANSWER_TOKENS = 4
 BLOCKS = 1200
 DECODED = 12
 """Tokens of an answer whose steps are looked at: fewer than a block has, so that none is filled."""
-REQUESTS, REQUESTS_QUICK = 60, 12
+REQUESTS, REQUESTS_QUICK = 60, 20
+FIRST = 10
+"""Requests after attaching that are shown by themselves: they find the presence table's pages unmapped."""
+WARM_UP = 30
+"""Requests after those, which are not measured."""
 IDLE_ROUNDS, IDLE_ROUNDS_QUICK = 30, 6
 ASKED = ("lookup", "present", "lease", "lease_poll", "release")
 
@@ -162,11 +166,11 @@ class Native:
         self.scheduler: Any = None
         self.worker: Any = None
 
-    def SchedulerClient(self, **options: Any) -> Any:  # noqa: N802 the client's own name
+    def SchedulerClient(self, **options: Any) -> Any:
         self.scheduler = Asked(self._native.SchedulerClient(**options), self._clock)
         return self.scheduler
 
-    def WorkerClient(self, **options: Any) -> Any:  # noqa: N802
+    def WorkerClient(self, **options: Any) -> Any:
         self.worker = self._native.WorkerClient(**options)
         return self.worker
 
@@ -302,6 +306,10 @@ class Bench:
             steps = idle_steps(engine, running, self.rounds)
             step = median(steps) if running == 1 else step
             self._row(f"a step with nothing to do, {running} running, {state}", steps, STEP_US)
+        if found:
+            first, _ = requests(engine, FIRST, step)
+            self._row(f"one of the first {FIRST} requests after attaching, new, {state}", first, REQUEST_US)
+            requests(engine, WARM_UP, step)
         engine.clock.by_name.clear()
         new, again = requests(engine, self.requests, step)
         self._row(f"a request, {PROMPT_TOKENS} tokens, new, {state}", new, REQUEST_US)
@@ -317,7 +325,9 @@ class Bench:
             self.rows.append(Row.without("P7", case, f"{limit:g} µs", "µs", "it did not happen"))
             return
         walls = sorted(one.wall for one in values)
-        note = f"p99 {walls[int(len(walls) * 0.99)]:.1f} µs; of the processor {median(values).cpu:.1f} µs at p50"
+        note = (
+            f"p99 {walls[int(len(walls) * 0.99)]:.1f} µs; of the processor {median(values).cpu:.1f} µs at p50"
+        )
         self.rows.append(Row.within("P7", f"{case}, p50", walls, limit, "µs", note=note))
 
     def run(self) -> None:

@@ -7,6 +7,7 @@ begins changes. Answers must be those of the engine that recomputes; where token
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 import tempfile
@@ -26,11 +27,16 @@ from harness import cases
 from harness.peers import QUIET, LmcacheServer, Unavailable, lmcache_python
 from harness.report import Better, Row
 
-ROUNDS, ROUNDS_QUICK = 7, 2
-FILLS, FILLS_QUICK = 3, 1
+ROUNDS, ROUNDS_QUICK = 5, 2
+FILLS, FILLS_QUICK = 2, 1
 SPINS_SECONDS = 1.2
 """An engine's worker spins for a second after its last step: the next one waits until it has stopped."""
-OPTIONS = {"max_model_len": 4096, "max_num_batched_tokens": 4096, "max_num_seqs": 4}
+OPTIONS = {
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 4096,
+    "max_num_seqs": 4,
+    "kv_cache_memory_bytes": 512 << 20,
+}
 HOST_POOL = "1GiB"
 SMALL_POOL = "32MiB"
 """A prompt of 4 k tokens takes 25 MB: one fits, and two others between its visits make it leave."""
@@ -75,7 +81,9 @@ class Log:
         if self.differ:
             said.append(f"{self.differ} of {len(self.ttft_ms)} answers of {name} DIFFER from the recompute's")
         if self.partial:
-            said.append(f"{self.partial} of {len(self.ttft_ms)} loads of {name} brought less than all, or from elsewhere")
+            said.append(
+                f"{self.partial} of {len(self.ttft_ms)} loads of {name} brought less than all, or from elsewhere"
+            )
         return "; ".join(said) or None
 
 
@@ -97,7 +105,9 @@ class Bench:
         ours = self._factory(sys.executable)
         self._engine(ours, RECOMPUTE)
         self._pillion(ours, HOST, host_pool=HOST_POOL)
-        small = self._pillion(ours, SSD, host_pool=SMALL_POOL, ssd=f"{self.place / 'ssd'}=2GiB", ssd_wait_ms=450)
+        small = self._pillion(
+            ours, SSD, host_pool=SMALL_POOL, ssd=f"{self.place / 'ssd'}=2GiB", ssd_wait_ms=450
+        )
         self.contenders[-1].from_disk = lambda: int(small.status()["ssd"]["blocks_read"])
         self._may_miss(EXAMPLE, lambda: self._example(ours))
         try:
@@ -109,7 +119,7 @@ class Bench:
         self._may_miss(PICKLE, lambda: self._lmcache(theirs, PICKLE))
         self._may_miss(DISK, lambda: self._lmcache_disk(theirs))
 
-    def _may_miss(self, name: str, start: Callable[[], None]) -> None:
+    def _may_miss(self, name: str, start: Callable[[], object]) -> None:
         """A peer that does not start here is said to be missing; the others go on."""
         try:
             start()
@@ -124,14 +134,20 @@ class Bench:
         return factory
 
     def _engine(
-        self, factory: Factory, name: str, transfer: dict[str, Any] | None = None, chunk: int = BLOCK, **surroundings: str
+        self,
+        factory: Factory,
+        name: str,
+        transfer: dict[str, Any] | None = None,
+        surroundings: dict[str, str] | None = None,
     ) -> None:
         options: dict[str, Any] = dict(OPTIONS)
         if transfer is not None:
             options["kv_transfer_config"] = {"kv_load_failure_policy": "recompute", **transfer}
         safe = "".join(letter if letter.isalnum() else "-" for letter in name)
-        engine = factory.engine(safe, cases.MODEL, None, environment={**QUIET, **surroundings}, **options)
-        self.contenders.append(Contender(name, engine, chunk))
+        engine = factory.engine(
+            safe, cases.MODEL, None, environment={**QUIET, **(surroundings or {})}, **options
+        )
+        self.contenders.append(Contender(name, engine))
 
     def _pillion(self, factory: Factory, name: str, **flags: Any) -> Sidecar:
         sidecar = Sidecar(**flags)
@@ -139,7 +155,7 @@ class Bench:
         sidecar.start()
         places = {key: value for key, value in sidecar.environment.items() if key.startswith("PILLION_")}
         extra = {"kv_connector_extra_config": {"launch": False}}
-        self._engine(factory, name, {**TRANSFER, **extra}, **places)
+        self._engine(factory, name, {**TRANSFER, **extra}, places)
         engine = self.contenders[-1].engine
         until(lambda: engine.counters()["ready"], engine.explain, 30)
         return sidecar
@@ -148,12 +164,23 @@ class Bench:
         place = self.place / "example"
         place.mkdir()
         extra = {"shared_storage_path": str(place)}
-        transfer = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+        transfer = {
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
         self._engine(factory, EXAMPLE, transfer)
 
     def _lmcache(self, factory: Factory, name: str, *flags: str) -> LmcacheServer:
         server = LmcacheServer(
-            "server", "--l1-size-gb", "2", "--chunk-size", str(BLOCK), "--supported-transfer-mode", "auto", *flags
+            "server",
+            "--l1-size-gb",
+            "2",
+            "--chunk-size",
+            str(BLOCK),
+            "--supported-transfer-mode",
+            "auto",
+            *flags,
         )
         self.stack.callback(server.close)
         server.await_ready()
@@ -227,24 +254,40 @@ class Bench:
     def rows(self) -> list[Row]:
         rows = []
         for name in cases.LENGTHS:
-            rows += [self._row(name, "again", f"{name}, from host memory", HOST, peer) for peer in
-                     (RECOMPUTE, OWN_CACHE, SHM, PICKLE, EXAMPLE)]
-            rows += [self._row(name, "again", f"{name}, from the SSD", SSD, peer) for peer in
-                     (RECOMPUTE, DISK, EXAMPLE)]
-            rows += [self._row(name, "new", f"{name}, new: computed and stored", HOST, peer) for peer in
-                     (RECOMPUTE, SHM, PICKLE, EXAMPLE)]
+            rows += [
+                self._row(name, "again", f"{name}, from host memory", HOST, peer)
+                for peer in (RECOMPUTE, OWN_CACHE, SHM, PICKLE, EXAMPLE)
+            ]
+            rows += [
+                self._row(name, "again", f"{name}, from the SSD", SSD, peer)
+                for peer in (RECOMPUTE, DISK, EXAMPLE)
+            ]
+            rows += [
+                self._row(name, "new", f"{name}, new: computed and stored", HOST, peer)
+                for peer in (RECOMPUTE, SHM, PICKLE, EXAMPLE)
+            ]
         return rows
 
     def _row(self, length: str, kind: str, case: str, ours: str, peer: str) -> Row:
         if peer in self.missing:
             return Row.without("ttft", case, peer, "ms", self.missing[peer])
         mine, theirs = self.logs[ours, kind], self.logs[peer, kind]
-        pairs = [
-            (value, theirs.ttft_ms[key]) for key, value in mine.ttft_ms.items() if key[0].startswith(length)
-        ]
+        both = [key for key in mine.ttft_ms if key in theirs.ttft_ms and key[0].startswith(length)]
+        pairs = [(mine.ttft_ms[key], theirs.ttft_ms[key]) for key in both]
         said = [note for note in (mine.note(ours), theirs.note(peer)) if note]
         failure = mine.note(ours) if mine.differ else None
-        return Row.of("ttft", case, peer, "ms", Better.LESS, pairs, failure=failure, note="; ".join(said) or None)
+        return Row.of(
+            "ttft", case, peer, "ms", Better.LESS, pairs, failure=failure, note="; ".join(said) or None
+        )
+
+    def raw(self) -> dict[str, Any]:
+        """Every figure, by contender and kind of round, then by prompt and round."""
+        return {
+            f"{name}, {kind}": {
+                f"{prompt}, round {number}": round(ms, 2) for (prompt, number), ms in log.ttft_ms.items()
+            }
+            for (name, kind), log in self.logs.items()
+        }
 
 
 def measure(quick: bool) -> list[Row]:
@@ -252,5 +295,10 @@ def measure(quick: bool) -> list[Row]:
     with ExitStack() as stack:
         bench = Bench(quick, stack)
         bench.begin()
-        bench.run()
+        try:
+            bench.run()
+        finally:
+            file = cases.ROOT / "target" / "bench" / "ttft-raw.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(bench.raw(), indent=1) + "\n")
         return bench.rows()

@@ -308,9 +308,7 @@ def group_lives(group: int) -> bool:
 class Factory:
     """The process that has imported vLLM, and the engines forked from it."""
 
-    def __init__(
-        self, program: Sequence[str] = (sys.executable, str(HERE / "engine_main.py"))
-    ) -> None:
+    def __init__(self, program: Sequence[str] = (sys.executable, str(HERE / "engine_main.py"))) -> None:
         self.place = Path(tempfile.mkdtemp(prefix="pe2-", dir="/tmp"))
         self.socket = self.place / "engines"
         self.log = self.place / "factory.log"
