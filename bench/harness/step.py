@@ -28,6 +28,8 @@ STEP_US, REQUEST_US = 10.0, 100.0
 PROMPT_TOKENS = 1000
 ANSWER_TOKENS = 4
 BLOCKS = 1200
+FORWARD_SECONDS = 0.001
+"""What a forward pass takes at least: caches are not as warm after it as they are in a loop."""
 DECODED = 12
 """Tokens of an answer whose steps are looked at: fewer than a block has, so that none is filled."""
 REQUESTS, REQUESTS_QUICK = 60, 20
@@ -224,7 +226,7 @@ class Engine(vllm_harness.Engine):
 # ---- what is measured
 
 
-def idle_steps(engine: Engine, running: int, rounds: int) -> list[Spent]:
+def idle_steps(engine: Engine, running: int, rounds: int, pause: float) -> list[Spent]:
     """Time within hooks, for each step in which so many requests decode and nothing is to be done."""
     took: list[Spent] = []
     for _ in range(rounds):
@@ -238,6 +240,7 @@ def idle_steps(engine: Engine, running: int, rounds: int) -> list[Spent]:
             engine.step()
         engine_quiet(engine)
         while all(name in engine.scheduler.requests for name in names):
+            time.sleep(pause)
             before = engine.clock.spent
             engine.step()
             if all(name in engine.scheduler.requests for name in names):
@@ -260,10 +263,10 @@ def one_request(engine: Engine, name: str, prompt: list[int], step: Spent) -> Sp
     engine.add(name, prompt, max_tokens=ANSWER_TOKENS)
     while engine.scheduler.has_requests():
         engine.step()
-        time.sleep(0.001)  # what a forward pass would take at least, so that waiting costs no hundred steps
+        time.sleep(FORWARD_SECONDS)
     while engine.half.holds.held:
         engine.step()
-        time.sleep(0.001)
+        time.sleep(FORWARD_SECONDS)
     return engine.clock.spent - before - step.times(engine.steps - steps)
 
 
@@ -302,10 +305,12 @@ class Bench:
 
     def measure(self, engine: Engine, state: str, *, found: bool) -> None:
         step = Spent()
-        for running in (1, 32):
-            steps = idle_steps(engine, running, self.rounds)
-            step = median(steps) if running == 1 else step
-            self._row(f"a step with nothing to do, {running} running, {state}", steps, STEP_US)
+        for running in (32, 1):
+            for pause, apart in ((0.0, "back to back"), (FORWARD_SECONDS, "1 ms apart")):
+                steps = idle_steps(engine, running, self.rounds, pause)
+                step = median(steps)
+                self._row(f"a step with nothing to do, {running} running, {apart}, {state}", steps, STEP_US)
+        # That of the last: a single request, with as long between its steps.
         if found:
             first, _ = requests(engine, FIRST, step)
             self._row(f"one of the first {FIRST} requests after attaching, new, {state}", first, REQUEST_US)

@@ -29,8 +29,12 @@ from harness.report import Better, Row
 
 ROUNDS, ROUNDS_QUICK = 5, 2
 FILLS, FILLS_QUICK = 2, 1
+SECONDS, SECONDS_QUICK = 1200, 400
+"""After the engines have started, no further round begins later than this: a busy machine makes fewer of them."""
 SPINS_SECONDS = 1.2
 """An engine's worker spins for a second after its last step: the next one waits until it has stopped."""
+WRITTEN_SECONDS = 3.0
+"""Until what was stored is where it will be read from."""
 OPTIONS = {
     "max_model_len": 4096,
     "max_num_batched_tokens": 4096,
@@ -199,7 +203,7 @@ class Bench:
 
     def order(self) -> Iterator[Prompt]:
         """Long and short in turn, so that each displaces the others from a small pool."""
-        for number in range(cases.EACH):
+        for number in range(cases.EACH - self.quick):
             for prompts in reversed(self.prompts.values()):
                 yield prompts[number]
 
@@ -209,12 +213,15 @@ class Bench:
             noise = tuple(chance.choice(TOKENS) for _ in range(4000))
             for _ in range(2):
                 contender.engine.ask(Prompt("warm-up", noise, 2))
-        fills = FILLS_QUICK if self.quick else FILLS
-        for number in range(fills):
-            self._round("new", number, salt=f"fill {number}")
-        self._written()
+        begun = time.monotonic()
+        limit = SECONDS_QUICK if self.quick else SECONDS
+        for number in range(FILLS_QUICK if self.quick else FILLS):
+            if not number or time.monotonic() - begun < limit / 3:
+                self._round("new", number, salt=f"fill {number}")
+        time.sleep(WRITTEN_SECONDS)
         for number in range(ROUNDS_QUICK if self.quick else ROUNDS):
-            self._round("again", number, salt="fill 0")
+            if not number or time.monotonic() - begun < limit:
+                self._round("again", number, salt="fill 0")
 
     def _round(self, kind: str, number: int, salt: str) -> None:
         turn = number % len(self.contenders)
@@ -244,10 +251,6 @@ class Bench:
         log.partial += not whole
         reference = self.references.setdefault(answer.prompt.name, answer.tokens)
         log.differ += answer.tokens != reference
-
-    def _written(self) -> None:
-        """Until what was stored is where it will be read from."""
-        time.sleep(3)
 
     # ---- what came out
 
