@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from harness.machine import machine
+from harness.machine import load, machine
 from harness.report import all_met, document, table, write
 
 NAMES = {
@@ -44,6 +44,8 @@ def main() -> int:
         return 3
     where = machine()
     rows = importlib.import_module(NAMES[args.name]).measure(args.quick)
+    where["load_after"] = load()
+    where["quick"] = args.quick
     print(table(rows))
     if args.json is not None:
         write(args.json, document(where, os.environ.get("PILLION_BENCH_COMMIT") or "unknown", rows))

@@ -19,9 +19,14 @@ def machine() -> dict[str, Any]:
         "memory_gib": memory_kib >> 20,
         "kernel": os.uname().release.split("-")[0],
         "file_system": _file_system(place),
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": load(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def load() -> float:
+    """Programs that want a processor, in the last minute."""
+    return round(os.getloadavg()[0], 2)
 
 
 def _word(file: str, name: str) -> str:

