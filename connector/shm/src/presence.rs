@@ -160,6 +160,10 @@ pub struct TableReader {
     stale_ns: u64,
 }
 
+/// Tables up to this length are mapped as a whole when they are opened: an engine's first lookups should not pay for
+/// a fault each. A longer one would take memory that the sidecar may never use.
+const POPULATED_MAX: u64 = 64 << 20;
+
 impl TableReader {
     /// Maps a table that the sidecar passed.
     ///
@@ -181,6 +185,9 @@ impl TableReader {
             return Err(ShmError::Size { expected: table_bytes(slots.min(1 << 40)), found: bytes });
         }
         let stale_ns = u64::from(stale_ms) * 1_000_000;
+        if bytes <= POPULATED_MAX {
+            map.populate();
+        }
         Ok(Self { map, mask: slots / BUCKET as u64 - 1, stale_ns })
     }
 
