@@ -124,10 +124,12 @@ fn an_epoch_that_is_kept_is_seen() {
 fn a_failure_shrinks_to_what_it_needs() {
     let campaign = Campaign::play(4, 1000, &Budget::default(), Some(Sabotage::WordIgnored), 1, |_| true);
     let seed = campaign.failures.first().expect("it is seen").seed;
-    let whole = run(seed, &Budget::default(), Some(Sabotage::WordIgnored), true);
+    let whole = run(seed, &Budget::default(), Some(Sabotage::WordIgnored), false);
     let (budget, smallest) = shrink(seed, &Budget::default(), Some(Sabotage::WordIgnored)).expect("it fails");
     assert_eq!(smallest.violation.expect("it still fails").invariant, "I4");
     assert!(budget.without.len() > Fault::ALL.len() / 2, "{budget:?}");
-    assert!(smallest.trace.len() <= whole.trace.len());
-    assert!(smallest.events <= whole.events);
+    // Another course: it may go on for longer, and has no more in it that could be the cause.
+    let kinds = |faults: &[u64]| faults.iter().filter(|count| **count > 0).count();
+    assert!(kinds(&smallest.faults) <= kinds(&whole.faults).min(3));
+    assert!(budget.steps < 100 && !smallest.trace.is_empty(), "{budget:?}");
 }
