@@ -51,11 +51,12 @@ def end_group(process: subprocess.Popen[bytes], seconds: float = 10.0) -> None:
 class LmcacheServer:
     """`lmcache server`, LMCache's sidecar ("MP"), by its defaults unless said otherwise."""
 
-    def __init__(self, name: str, *flags: str) -> None:
+    def __init__(self, name: str, *flags: str, port: int | None = None) -> None:
         self.python = lmcache_python()
         self.place = Path(tempfile.mkdtemp(prefix="pbl-", dir="/tmp"))
         self.log = self.place / f"{name}.log"
-        self.port, self.http = free_port(), free_port()
+        # Another server in the place of one that died is found by its engines at the same port.
+        self.port, self.http = port or free_port(), free_port()
         command = [self.python, str(Path(self.python).parent / "lmcache"), "server"]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--http-port", str(self.http)]
         command += ["--prometheus-port", str(free_port()), "--eviction-policy", "LRU", *flags]

@@ -98,14 +98,14 @@ bench_all() {
         shift
     done
     mkdir -p "$place"
-    for name in policy lookup step copy ttft recovery ssd gpu; do
+    for name in policy lookup step copy ttft survival recovery ssd gpu; do
         if [[ $name == gpu ]] && ! has_gpu; then
             results+=("gpu:3:$place/gpu.json")
             continue
         fi
         given=(${quick[@]+"${quick[@]}"})
         # Those of bench/harness share one wheel: the first builds it.
-        case $name in lookup | step | copy | ttft) given+=(${build[@]+"${build[@]}"}) build=(--no-build) ;; esac
+        case $name in lookup | step | copy | ttft | survival) given+=(${build[@]+"${build[@]}"}) build=(--no-build) ;; esac
         say "bench $name"
         rm -f "$place/$name.json"
         rc=0

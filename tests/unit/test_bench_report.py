@@ -48,7 +48,7 @@ def test_answers_that_differ_are_missed_however_fast() -> None:
 def test_what_was_not_measured_is_said_and_misses_nothing() -> None:
     row = Row.without("P12", "operations", "dashmap", "M/s", "it was not built", budget=1.0)
     empty = Row.of("P6", "load", "LMCache", "GB/s", Better.MORE, [])
-    assert row.ours is row.ratio is row.met is row.spread is None and row.runs == 0
+    assert (row.ours, row.ratio, row.met, row.spread, row.runs) == (None, None, None, None, 0)
     assert row.note == "not measured: it was not built"
     assert empty.note == "not measured: nothing was measured" and all_met([row, empty])
 
