@@ -21,6 +21,7 @@ NAMES = {
     "step": "harness.step",
     "copy": "harness.transfer",
     "ttft": "harness.ttft",
+    "survival": "harness.survival",
 }
 
 
