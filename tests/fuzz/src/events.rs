@@ -252,7 +252,8 @@ impl World {
         let groups: Vec<Group> = (0..1 + c.below(3))
             .map(|n| Group {
                 namespace: namespace(n),
-                record_bytes: 1 + c.number() % (1 << 20),
+                // Most are alike, so that what one worker saves another can load.
+                record_bytes: if c.rarely() { 1 + c.number() % (1 << 20) } else { 512 << 10 },
                 format: ["x", "y"][usize::from(c.rarely())].into(),
                 load_only: c.rarely(),
             })
@@ -300,6 +301,8 @@ pub fn core_events(data: &[u8]) {
     for session in there {
         world.apply(Event::Detached { session });
     }
+    // Not only when their time is over.
+    assert_eq!(world.core.counters().leases, 0, "leases of sessions that have ended");
     for neighbour in std::mem::take(&mut world.neighbours) {
         world.apply(Event::NeighbourWent { neighbour });
     }
