@@ -139,6 +139,7 @@ impl World {
             16 => self.neighbour(c),
             17 => self.apply(Event::TenantServed { tenant: tenant(c.below(2)) }),
             18 if c.rarely() => self.apply(Event::Drain),
+            18 if c.rarely() && self.ssd.is_some() => self.restart(c),
             _ => self.surroundings(c),
         }
     }
