@@ -163,7 +163,9 @@ def main() -> int:
         help="targets at a time (default: the cores)",
     )
     parser.add_argument("--json", type=Path, help="write the report there, too")
-    parser.add_argument("--binaries", type=Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--binaries", type=lambda text: Path(text).resolve(), required=True, help=argparse.SUPPRESS
+    )
     parser.add_argument("--commit", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     known = sorted(place.name for place in CORPORA.iterdir())

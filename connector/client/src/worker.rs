@@ -537,7 +537,12 @@ impl State {
             self.end_save(job, slot, tag);
             return;
         }
-        let outcome = if running.reported { Outcome::None } else { outcome };
+        let outcome = match (running.reported, outcome) {
+            (true, _) => Outcome::None,
+            // Quiet, with the word that it was reported, which it was not: whoever waits for its end must have one.
+            (false, Outcome::None) if quiesced => Outcome::Failed,
+            (false, outcome) => outcome,
+        };
         running.reported |= outcome != Outcome::None;
         if quiesced {
             let what = running.what;
@@ -754,5 +759,23 @@ impl Half for Shared {
         let state = self.state();
         state.orphans.iter().any(|orphans| !orphans.jobs.is_empty())
             || state.jobs.values().any(|job| job.what == What::Load && job.deadline <= now)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_job_ends_even_where_the_sidecar_says_that_it_had_ended_before() {
+        for what in [What::Load, What::Save { slot: 0, tag: 1 }] {
+            let (mut state, job) = (State::default(), [7; 16]);
+            state.begin(job, what, Duration::from_secs(9), None);
+            state.complete(Completion { job, outcome: Outcome::None, quiesced: true, blocks: 3 });
+            let events: Vec<JobEvent> = state.events.drain(..).collect();
+            assert_eq!(events, [JobEvent { job, outcome: Outcome::Failed, quiesced: true, blocks: 3 }]);
+            state.complete(Completion { job, outcome: Outcome::Done, quiesced: true, blocks: 3 });
+            assert!(state.events.is_empty(), "and it ends once");
+        }
     }
 }

@@ -1,6 +1,9 @@
 //! The core, whose clients send what they like in any order, and whose surroundings are honest about what they did.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use pillion_core::{
     Action, CacheMode, CopyItem, Core, Direction, Event, Group, JobId, LeaseId, Limits, NeighbourId, Outcome,
@@ -47,6 +50,7 @@ struct Told {
 
 struct World {
     core: Core,
+    ssd: Option<SsdLimits>,
     now: u64,
     sessions: Vec<(SessionId, usize)>,
     sizes: HashMap<SessionId, Vec<u64>>,
@@ -57,7 +61,7 @@ struct World {
     copies: Vec<Copy>,
     puts: Vec<(u64, SsdRecord, u64)>,
     gets: Vec<(u64, [u8; 32], u64, u64)>,
-    disk: HashMap<[u8; 32], SsdRecord>,
+    disk: BTreeMap<[u8; 32], SsdRecord>,
     asked: Vec<[u8; 32]>,
     neighbours: Vec<NeighbourId>,
     leases: Vec<LeaseId>,
@@ -68,6 +72,19 @@ struct World {
 
 fn overlaps(one: (u64, u64), other: (u64, u64)) -> bool {
     one.0 < other.0 + other.1 && other.0 < one.0 + one.1
+}
+
+fn core(ssd: Option<SsdLimits>) -> Core {
+    Core::new(Limits {
+        pool_bytes: POOL_BYTES,
+        pinned_bytes_max: POOL_BYTES / 8 * 7,
+        leases_max: 6,
+        session_jobs_max: 6,
+        lease_ns: 30 * SECOND,
+        lease_seed: [1; 32],
+        borrow_wait_ns: SECOND / 5,
+        ssd,
+    })
 }
 
 impl World {
@@ -88,18 +105,14 @@ impl World {
                 ..SsdLimits::for_pool(POOL_BYTES)
             }
         });
-        let core = Core::new(Limits {
-            pool_bytes: POOL_BYTES,
-            pinned_bytes_max: POOL_BYTES / 8 * 7,
-            leases_max: 6,
-            session_jobs_max: 6,
-            lease_ns: 30 * SECOND,
-            lease_seed: [1; 32],
-            borrow_wait_ns: SECOND / 5,
-            ssd,
-        });
+        Self::empty(ssd)
+    }
+
+    fn empty(ssd: Option<SsdLimits>) -> Self {
+        let core = core(ssd.clone());
         Self {
             core,
+            ssd,
             now: SECOND,
             sessions: Vec::new(),
             sizes: HashMap::new(),
@@ -110,7 +123,7 @@ impl World {
             copies: Vec::new(),
             puts: Vec::new(),
             gets: Vec::new(),
-            disk: HashMap::new(),
+            disk: BTreeMap::new(),
             asked: Vec::new(),
             neighbours: Vec::new(),
             leases: vec![LeaseId([0; 16])],
@@ -118,6 +131,27 @@ impl World {
             present: HashMap::new(),
             won: 0,
         }
+    }
+
+    /// Three engines, each a scheduler and a worker.
+    fn engines(&mut self, c: &mut Cursor<'_>) {
+        for n in 0..3 {
+            let scheduler = self.attach(Role::Scheduler, n);
+            let (request, epoch) = (0, Vec::new());
+            self.apply(Event::OpenNamespace { session: scheduler, request, namespace: namespace(n), epoch });
+            let worker = self.attach(Role::Worker, n);
+            self.register(worker, c);
+        }
+    }
+
+    /// The sidecar is killed and starts again: of all that was, the SSD has what it has.
+    fn restart(&mut self, c: &mut Cursor<'_>) {
+        let disk = std::mem::take(&mut self.disk);
+        let records = disk.values().cloned().collect();
+        let (now, next, registrations) = (self.now, self.next, self.registrations);
+        *self = Self { now, next, registrations, disk, ..Self::empty(self.ssd.take()) };
+        self.apply(Event::SsdFound { records });
+        self.engines(c);
     }
 
     fn apply(&mut self, event: Event) {
@@ -252,7 +286,8 @@ impl World {
         let groups: Vec<Group> = (0..1 + c.below(3))
             .map(|n| Group {
                 namespace: namespace(n),
-                record_bytes: 1 + c.number() % (1 << 20),
+                // Most are alike, so that what one worker saves another can load.
+                record_bytes: if c.rarely() { 1 + c.number() % (1 << 20) } else { 512 << 10 },
                 format: ["x", "y"][usize::from(c.rarely())].into(),
                 load_only: c.rarely(),
             })
@@ -278,13 +313,7 @@ impl World {
 pub fn core_events(data: &[u8]) {
     let mut c = Cursor::new(data, 8192);
     let mut world = World::new(&mut c);
-    for n in 0..3 {
-        let scheduler = world.attach(Role::Scheduler, n);
-        let (request, epoch) = (0, Vec::new());
-        world.apply(Event::OpenNamespace { session: scheduler, request, namespace: namespace(n), epoch });
-        let worker = world.attach(Role::Worker, n);
-        world.register(worker, &mut c);
-    }
+    world.engines(&mut c);
     for _ in 0..STEPS_MAX {
         if c.is_empty() {
             break;
@@ -300,6 +329,8 @@ pub fn core_events(data: &[u8]) {
     for session in there {
         world.apply(Event::Detached { session });
     }
+    // Not only when their time is over.
+    assert_eq!(world.core.counters().leases, 0, "leases of sessions that have ended");
     for neighbour in std::mem::take(&mut world.neighbours) {
         world.apply(Event::NeighbourWent { neighbour });
     }

@@ -165,7 +165,8 @@ fn move_blocks(
         assert!(copier.load(number, last + 1, &record, sum).is_err(), "a block that there is not");
         let mut back = vec![0; record.len()];
         match copier.save(number, last, &mut back) {
-            Ok(found) => assert!(!group.load_only && found == sum && back == record),
+            // Whole records of another size can be read back, too; it is the core that never asks for it.
+            Ok(found) => assert!(found == sum && back == record),
             Err(_) => assert!(group.load_only),
         }
     }
