@@ -127,8 +127,8 @@ impl HostPool {
         })
     }
 
-    /// Takes the pages of an extent that is written for the first time, and those around it, by one call: a fault for
-    /// each page of 4 KiB costs several times what writing it does.
+    /// Takes the pages of an extent that is written for the first time, and those around it, by one call
+    /// instead of a fault for each page of 4 KiB.
     fn take(&self, offset: u64, bytes: u64) {
         for chunk in offset / HUGE_PAGE..(offset + bytes).div_ceil(HUGE_PAGE) {
             let (word, bit) = (&self.taken[(chunk / 64) as usize], 1 << (chunk % 64));

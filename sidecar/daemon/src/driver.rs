@@ -544,7 +544,9 @@ impl Driver {
             live.view.groups = GroupStatus::of_all(&registration.groups);
             live.view.canary = Some(canary);
             live.view.refused = None;
-            live.mover = Some(mover);
+            // A correct client lets go of its memory first. What takes the place of other memory keeps that until
+            // the session lets go of all: its copies may still run, and its end waits for every unmap.
+            live.leaving.extend(live.mover.replace(mover));
         }
         let answer = wire::Registered { request, record_bytes };
         self.apply(Event::Registered { session, registration });
