@@ -65,8 +65,8 @@ pub(crate) struct Record {
     /// Leases that found it. That it was written, or came once more with a save, is no use.
     uses: u32,
     due: Due,
-    /// Whether it is among `evictable`.
-    queued: bool,
+    /// Where it stands among `evictable`, if it does.
+    queued: Option<Due>,
 }
 
 /// Which record goes first: the one whose bought time is over first; among equals the least recently touched.
@@ -136,7 +136,9 @@ pub(crate) struct Store {
     by_key: KeyMap<RecordId>,
     /// Records (written or being written) whose parent is this key.
     children: KeyMap<u32>,
-    /// Published, unpinned leaves: what may go, in that order.
+    /// What may go, in that order: all published, unpinned leaves. Others are among them, too, and some stand where they
+    /// were due before they were found again: that is put right when their turn comes. So a lease of thousands of
+    /// blocks moves none of them.
     evictable: BTreeSet<(Due, RecordId)>,
     /// Counts the KiB of the records that were written or found: so it goes on by the pool's length while all of
     /// the pool is touched once, whatever the records' sizes. It lasts for a century at 4 TiB/s.
@@ -227,7 +229,7 @@ impl Store {
             pins: 0,
             uses: 0,
             due: Due { at: 0, touched: 0 },
-            queued: false,
+            queued: None,
         };
         let id = self.add(record);
         self.foreign.insert((foreign.neighbour, id));
@@ -287,7 +289,7 @@ impl Store {
             pins: 0,
             uses: 0,
             due,
-            queued: false,
+            queued: None,
         };
         self.used_bytes += record.bytes;
         Some(self.add(record))
@@ -310,15 +312,33 @@ impl Store {
     }
 
     fn evict_first(&mut self) -> Option<Record> {
-        let (_, id) = *self.evictable.first()?;
-        self.remove(id)
+        loop {
+            let (stood, id) = self.evictable.pop_first()?;
+            let may_go = self.may_go(id);
+            let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { continue };
+            record.queued = None;
+            if !may_go {
+                continue;
+            }
+            if record.due == stood {
+                return self.remove(id);
+            }
+            self.requeue(id);
+        }
+    }
+
+    /// Whether nothing keeps a record here.
+    fn may_go(&self, id: RecordId) -> bool {
+        let Some(record) = self.get(id) else { return false };
+        let leaf = !self.children.contains_key(&record.key);
+        record.state == State::Published && record.pins == 0 && !record.is_foreign() && leaf
     }
 
     /// Takes a record out whatever its state, and frees its bytes.
     fn remove(&mut self, id: RecordId) -> Option<Record> {
         let record = self.arena.get_mut(id.0 as usize)?.take()?;
-        if record.queued {
-            self.evictable.remove(&(record.due, id));
+        if let Some(stood) = record.queued {
+            self.evictable.remove(&(stood, id));
         }
         if self.by_key.get(&record.key) == Some(&id) {
             self.by_key.remove(&record.key);
@@ -392,9 +412,10 @@ impl Store {
 
     fn set_due(&mut self, id: RecordId, due: Due) {
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
-        // Its place among the evictable ones goes by what it was due before.
-        if std::mem::take(&mut record.queued) {
-            self.evictable.remove(&(record.due, id));
+        // Later than it stands: it is moved when its turn comes. Earlier: now.
+        if let Some(stood) = record.queued.filter(|stood| due < *stood) {
+            self.evictable.remove(&(stood, id));
+            record.queued = None;
         }
         record.due = due;
         self.requeue(id);
@@ -420,7 +441,6 @@ impl Store {
                 self.pinned_bytes += record.bytes;
             }
         }
-        self.requeue(id);
     }
 
     pub(crate) fn unpin(&mut self, id: RecordId) {
@@ -446,9 +466,6 @@ impl Store {
     fn add_child(&mut self, parent: Option<&BlockKey>) {
         let Some(parent) = parent else { return };
         *self.children.entry(*parent).or_insert(0) += 1;
-        if let Some(id) = self.find(parent) {
-            self.requeue(id);
-        }
     }
 
     fn remove_child(&mut self, parent: Option<&BlockKey>) {
@@ -464,21 +481,13 @@ impl Store {
         }
     }
 
-    /// Brings a record's place among the evictable ones up to date.
+    /// Sees to it that a record that may go is among the evictable ones.
     fn requeue(&mut self, id: RecordId) {
+        let may_go = self.may_go(id);
         let Some(record) = self.arena.get_mut(id.0 as usize).and_then(Option::as_mut) else { return };
-        let may_go = record.state == State::Published
-            && record.pins == 0
-            && !record.is_foreign()
-            && !self.children.contains_key(&record.key);
-        if may_go == record.queued {
-            return;
-        }
-        record.queued = may_go;
-        if may_go {
+        if may_go && record.queued.is_none() {
+            record.queued = Some(record.due);
             self.evictable.insert((record.due, id));
-        } else {
-            self.evictable.remove(&(record.due, id));
         }
     }
 
@@ -505,7 +514,7 @@ impl Store {
             let id = RecordId(index as u32);
             if record.is_foreign() {
                 assert!(record.pins > 0, "borrowed for nobody: {record:?}");
-                assert!(!record.queued);
+                assert!(record.queued.is_none());
                 continue;
             }
             used += record.bytes;
@@ -517,13 +526,14 @@ impl Store {
             let may_go = record.state == State::Published
                 && record.pins == 0
                 && !self.children.contains_key(&record.key);
-            assert_eq!(record.queued, may_go, "{record:?}");
-            assert_eq!(self.evictable.contains(&(record.due, id)), may_go, "{record:?}");
+            assert!(record.queued.is_some() || !may_go, "never to go: {record:?}");
+            assert!(record.queued.is_none_or(|stood| stood <= record.due), "goes too late: {record:?}");
+            assert!(record.queued.is_none_or(|stood| self.evictable.contains(&(stood, id))), "{record:?}");
         }
         assert_eq!((used, pinned), (self.used_bytes, self.pinned_bytes));
         assert_eq!(children.len(), self.children.len());
         assert!(children.iter().all(|(key, count)| self.children.get(key) == Some(count)));
-        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued).count());
+        assert_eq!(self.evictable.len(), self.arena.iter().flatten().filter(|r| r.queued.is_some()).count());
     }
 }
 
