@@ -3,9 +3,10 @@
 
 use std::{
     collections::{HashMap, VecDeque},
+    ops::Range,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -15,6 +16,10 @@ use pillion_core::{BlockOutcome, CopyItem, Direction, JobId, SessionId};
 use pillion_cuda::{BlockCopier, CopyError, ForeignPool, HostPool};
 use tokio::sync::mpsc::UnboundedSender;
 
+/// Bytes that a thread copies before it looks for others that wait, and blocks, at most.
+const TURN_BYTES: u64 = 4 << 20;
+/// See `TURN_BYTES`.
+const TURN_ITEMS: u64 = 256;
 /// Bytes that a thread keeps for neighbours' records.
 const BUFFER_KEPT: usize = 64 << 20;
 
@@ -59,8 +64,8 @@ pub struct CopyReport {
 
 #[derive(Debug, Default)]
 struct Queues {
-    loads: VecDeque<CopyTask>,
-    saves: VecDeque<CopyTask>,
+    loads: VecDeque<Arc<Running>>,
+    saves: VecDeque<Arc<Running>>,
     /// Nobody is left to copy for.
     ended: bool,
 }
@@ -106,19 +111,22 @@ impl Copiers {
 
     /// Queues a task.
     pub fn push(&self, task: CopyTask) {
+        let running = Arc::new(Running::new(task));
         let mut queues = self.shared.queues();
-        match task.direction {
-            Direction::Load => queues.loads.push_back(task),
-            Direction::Save => queues.saves.push_back(task),
+        match running.direction {
+            Direction::Load => queues.loads.push_back(running),
+            Direction::Save => queues.saves.push_back(running),
         }
         drop(queues);
-        self.shared.work.notify_one();
+        // A long task has work for all of them.
+        self.shared.work.notify_all();
     }
 
-    /// Tasks that wait.
+    /// Tasks that nobody has begun.
     pub fn waiting(&self) -> usize {
         let queues = self.shared.queues();
-        queues.loads.len() + queues.saves.len()
+        let tasks = queues.loads.iter().chain(&queues.saves);
+        tasks.filter(|task| task.next.load(Ordering::Relaxed) == 0).count()
     }
 }
 
@@ -130,42 +138,126 @@ impl Drop for Copiers {
     }
 }
 
+/// A task whose blocks several threads copy, some at a time each: one thread's memcpy is half of what two cores do.
+#[derive(Debug)]
+struct Running {
+    session: SessionId,
+    job: JobId,
+    direction: Direction,
+    items: Vec<CopyItem>,
+    pools: Pools,
+    cancelled: Arc<AtomicBool>,
+    way: &'static str,
+    /// Items of one turn.
+    step: usize,
+    /// The first item that nobody has taken.
+    next: AtomicUsize,
+    progress: Mutex<Progress>,
+}
+
+#[derive(Debug)]
+struct Progress {
+    /// Keeps the engine's memory mapped until the last item has ended.
+    copier: Option<BlockCopier>,
+    outcomes: Vec<BlockOutcome>,
+    left: usize,
+    begun: Option<Instant>,
+}
+
+impl Running {
+    fn new(task: CopyTask) -> Self {
+        let CopyTask { session, job, direction, items, pools, copier, cancelled } = task;
+        let longest = items.iter().filter_map(|item| copier.record_bytes(item.group).ok()).max();
+        let step = (TURN_BYTES / longest.unwrap_or(TURN_BYTES).max(1)).clamp(1, TURN_ITEMS) as usize;
+        let (way, left) = (copier.way(), items.len());
+        let outcomes = vec![BlockOutcome::Skipped; left];
+        let progress = Mutex::new(Progress { copier: Some(copier), outcomes, left, begun: None });
+        let next = AtomicUsize::new(0);
+        Self { session, job, direction, items, pools, cancelled, way, step, next, progress }
+    }
+
+    fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Some items that are nobody's yet, and whether they are the last. A task without any has one such turn, too.
+    fn turn(&self) -> Option<(Range<usize>, bool)> {
+        let from = self.next.fetch_add(self.step, Ordering::Relaxed);
+        let to = (from + self.step).min(self.items.len());
+        (from < to || from == 0).then_some((from..to, to == self.items.len()))
+    }
+
+    /// Copies some items. The report, if these were the last to end.
+    fn run(&self, items: Range<usize>, pool: &HostPool, buffer: &mut Vec<u8>) -> Option<CopyReport> {
+        let copier = {
+            let mut progress = self.progress();
+            progress.begun.get_or_insert_with(Instant::now);
+            progress.copier.clone()?
+        };
+        let these = self.items[items.clone()].iter();
+        let outcomes: Vec<BlockOutcome> = these.map(|item| copy(pool, self, &copier, item, buffer)).collect();
+        // A record of a neighbour is copied through it; it is not kept for the rare giant.
+        buffer.shrink_to(BUFFER_KEPT);
+        drop(copier);
+        let mut progress = self.progress();
+        progress.left -= outcomes.len();
+        progress.outcomes[items].copy_from_slice(&outcomes);
+        if progress.left > 0 {
+            return None;
+        }
+        // The mapping goes before the report: who hears it may count on that. Nobody else has one: theirs went
+        // before their items were counted as ended.
+        drop(progress.copier.take()?);
+        let blocks = std::mem::take(&mut progress.outcomes);
+        let took = progress.begun.map_or(Duration::ZERO, |begun| begun.elapsed());
+        let Self { session, job, direction, way, .. } = *self;
+        Some(CopyReport { session, job, direction, way, blocks, took })
+    }
+}
+
 fn work(shared: &Shared, reports: &UnboundedSender<CopyReport>) {
     let mut buffer = Vec::new();
     loop {
         let mut queues = shared.queues();
-        let task = loop {
-            let next = match queues.loads.pop_front() {
-                Some(load) => Some(load),
-                None => queues.saves.pop_front(),
+        let (task, items) = loop {
+            let Queues { loads, saves, ended } = &mut *queues;
+            // Loads before saves.
+            let queue = if loads.is_empty() { saves } else { loads };
+            let Some(first) = queue.front().cloned() else {
+                if *ended {
+                    return;
+                }
+                queues = shared.work.wait(queues).unwrap_or_else(PoisonError::into_inner);
+                continue;
             };
-            match next {
-                Some(task) => break task,
-                None if queues.ended => return,
-                None => queues = shared.work.wait(queues).unwrap_or_else(PoisonError::into_inner),
+            let turn = first.turn();
+            if turn.as_ref().is_none_or(|(_, last)| *last) {
+                queue.pop_front();
+            }
+            if let Some((items, _)) = turn {
+                break (first, items);
             }
         };
         drop(queues);
-        let begun = Instant::now();
-        let blocks = task.items.iter().map(|item| copy(shared, &task, item, &mut buffer)).collect();
-        // A record of a neighbour is copied through it; it is not kept for the rare giant.
-        buffer.shrink_to(BUFFER_KEPT);
-        let CopyTask { session, job, direction, copier, .. } = task;
-        let way = copier.way();
-        // The mapping goes before the report: who hears it may count on that.
-        drop(copier);
-        let report = CopyReport { session, job, direction, way, blocks, took: begun.elapsed() };
-        if reports.send(report).is_err() {
+        if let Some(report) = task.run(items, &shared.pool, &mut buffer)
+            && reports.send(report).is_err()
+        {
             return;
         }
     }
 }
 
-fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem, buffer: &mut Vec<u8>) -> BlockOutcome {
+fn copy(
+    host: &HostPool,
+    task: &Running,
+    copier: &BlockCopier,
+    item: &CopyItem,
+    buffer: &mut Vec<u8>,
+) -> BlockOutcome {
     if task.cancelled.load(Ordering::Acquire) {
         return BlockOutcome::Skipped;
     }
-    let bytes = match task.copier.record_bytes(item.group) {
+    let bytes = match copier.record_bytes(item.group) {
         Ok(bytes) => bytes,
         Err(error) => {
             tracing::error!(job = ?task.job, "block not copied: {error}");
@@ -176,8 +268,8 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem, buffer: &mut Vec<u8>)
         Direction::Save => {
             // SAFETY: the core has given this extent to this job alone: its record is being written and
             // found by nobody until the job's report has been taken in.
-            let record = unsafe { shared.pool.record_mut(item.offset, bytes) };
-            record.map(|record| task.copier.save(item.group, item.block, record))
+            let record = unsafe { host.record_mut(item.offset, bytes) };
+            record.map(|record| copier.save(item.group, item.block, record))
         }
         Direction::Load if item.pool != 0 => task.pools.get(&item.pool).map(|pool| {
             // Its owner may write there at any time: what is proved must be what is copied on.
@@ -187,15 +279,15 @@ fn copy(shared: &Shared, task: &CopyTask, item: &CopyItem, buffer: &mut Vec<u8>)
                 let error = CopyError::OutOfBounds { bytes: 0, offset: item.offset, length: bytes };
                 return Err(error);
             }
-            let loaded = task.copier.load(item.group, item.block, buffer, item.checksum);
+            let loaded = copier.load(item.group, item.block, buffer, item.checksum);
             loaded.map(|()| item.checksum)
         }),
         Direction::Load => {
             // SAFETY: the record is published, so that nobody writes it, and pinned by the job's lease, so
             // that its extent is not given away before the job's report has been taken in.
-            let record = unsafe { shared.pool.record(item.offset, bytes) };
+            let record = unsafe { host.record(item.offset, bytes) };
             record.map(|record| {
-                let loaded = task.copier.load(item.group, item.block, record, item.checksum);
+                let loaded = copier.load(item.group, item.block, record, item.checksum);
                 loaded.map(|()| item.checksum)
             })
         }
