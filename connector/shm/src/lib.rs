@@ -2,10 +2,16 @@
 
 pub mod clock;
 pub mod fds;
+#[cfg_attr(loom, path = "mapping_model.rs")]
+mod mapping;
 mod memfd;
+#[cfg(all(test, loom))]
+mod models;
 pub mod pidfd;
 pub mod presence;
 pub mod ring;
+mod sync;
 pub mod words;
 
-pub use memfd::{Access, Mapping, Memfd, Seal, ShmError};
+pub use mapping::Mapping;
+pub use memfd::{Access, Memfd, Seal, ShmError};

@@ -9,12 +9,12 @@
 //! The writer stamps the table every few milliseconds. A table whose stamp is old
 //! belongs to a sidecar that is dead, stopped or hung, and counts as empty.
 
-use std::{
-    os::fd::OwnedFd,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::os::fd::OwnedFd;
 
-use crate::{Access, Mapping, Memfd, Seal, ShmError, clock};
+use crate::{
+    Access, Mapping, Memfd, Seal, ShmError, clock,
+    sync::{AtomicU64, Ordering},
+};
 
 const MAGIC: u64 = 0x3130_4c42_5450_4c50;
 const HEADER_WORDS: usize = 8;
@@ -37,6 +37,12 @@ impl IndexKey {
         let key = xxhash_rust::xxh3::xxh3_128_with_seed(&input, seed);
         // The all-zero entry means empty.
         Self(if key >> 8 == 0 { key | 1 << 64 } else { key })
+    }
+
+    /// A key of these two words, whose buckets follow from them.
+    #[cfg(all(test, loom))]
+    pub(crate) fn of_words(high: u64, low: u64) -> Self {
+        Self(u128::from(high) << 64 | u128::from(low << 8))
     }
 
     fn words(self) -> (u64, u64) {
@@ -87,6 +93,12 @@ impl TableWriter {
         let table = Self { memfd, map, mask: slots / BUCKET as u64 - 1 };
         table.stamp();
         Ok(table)
+    }
+
+    /// A reader's end of it.
+    #[cfg(all(test, loom))]
+    pub(crate) fn other_end(&self) -> TableReader {
+        TableReader { map: self.map.clone(), mask: self.mask, stale_ns: u64::MAX }
     }
 
     /// What is passed to readers.
@@ -213,7 +225,7 @@ impl TableReader {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

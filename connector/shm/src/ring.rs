@@ -5,12 +5,13 @@
 //! consumer needs no shared head: it knows which number it waits for, and an entry
 //! that holds another one is not there yet.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::Arc;
 
-use crate::{Access, Mapping, Memfd, Seal, ShmError, words::JobWords};
+use crate::{
+    Access, Mapping, Memfd, Seal, ShmError,
+    sync::{AtomicU64, Ordering},
+    words::JobWords,
+};
 
 const ENTRY_WORDS: usize = 8;
 /// Entries of a ring that is taken from a peer, at most.
@@ -79,6 +80,12 @@ impl RingWriter {
         let map = memfd.map(Access::ReadWrite)?;
         memfd.seal(Seal::SizeAndFutureWrites)?;
         Ok(Self { memfd, map, slots: u64::from(slots), next: 0, words })
+    }
+
+    /// The consumer's end of it.
+    #[cfg(all(test, loom))]
+    pub(crate) fn other_end(&self, words: Arc<JobWords>) -> RingReader {
+        RingReader { map: self.map.clone(), slots: self.slots, next: 0, words }
     }
 
     /// What is passed to the consumer.
@@ -165,7 +172,7 @@ impl RingReader {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 

@@ -8,12 +8,12 @@
 //!
 //! Word 0 of the memory is the consumer's progress in the completion ring.
 
-use std::{
-    os::fd::OwnedFd,
-    sync::atomic::{AtomicU64, Ordering},
-};
+use std::os::fd::OwnedFd;
 
-use crate::{Access, Mapping, Memfd, Seal, ShmError};
+use crate::{
+    Access, Mapping, Memfd, Seal, ShmError,
+    sync::{AtomicU64, Ordering},
+};
 
 const FIRST: usize = 8;
 /// Words that are taken from a peer, at most: what is kept for each of them is bounded with it.
@@ -59,6 +59,12 @@ impl JobWords {
         }
         let memfd = Memfd::adopt(fd, Seal::Size, bytes(slots))?;
         Ok(Self { map: memfd.map(Access::ReadWrite)?, memfd: None, slots })
+    }
+
+    /// The other end of these words.
+    #[cfg(all(test, loom))]
+    pub(crate) fn other_end(&self) -> Self {
+        Self { memfd: None, map: self.map.clone(), slots: self.slots }
     }
 
     /// What is passed on, where we made it.
@@ -108,7 +114,7 @@ impl JobWords {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
     use std::sync::Arc;
