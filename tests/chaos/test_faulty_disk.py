@@ -67,6 +67,16 @@ def loaded(engine: FakeEngine, prompts: list[list[bytes]]) -> int:
     return count
 
 
+def must_come_back(engine: FakeEngine, prompts: list[list[bytes]], what: str) -> None:
+    """A machine without a free core may let a lookup be late: that is a miss, and not a loss."""
+    for prompt in prompts:
+
+        def whole(prompt: list[bytes] = prompt) -> bool:
+            return loaded(engine, [prompt]) == len(prompt)
+
+        until(whole, lambda: f"{what}; {engine.told()}")
+
+
 @pytest.mark.parametrize("part", ["header", "payload", "commit"])
 def test_a_bit_that_rots_is_detected(
     world: World, disk: FaultyDisk, part: str, record_property: Count
@@ -134,7 +144,7 @@ def test_a_power_cut_tears_what_was_not_synced(
         reader = world.engine(sidecar, f"reader-{run}")
         saved.append(prompt)
         if mode == "write_through":
-            assert loaded(reader, saved) == 3 * len(saved), f"acknowledged, and gone in run {run}"
+            must_come_back(reader, saved, f"what was acknowledged, after cut {run}")
         else:
             loaded(reader, saved)
         loaded(reader, [late])
