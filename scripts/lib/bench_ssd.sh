@@ -7,15 +7,7 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 NIXL=1.5.1
 
 need_fio() {
-    have fio && return 0
-    if [[ $(id -u) == 0 ]] && have apt-get; then
-        export DEBIAN_FRONTEND=noninteractive
-        quiet apt-update "updating the list of system packages" apt-get update -q || true
-        quiet apt-fio "installing fio" apt-get install -qy --no-install-recommends fio || true
-        if have fio; then return 0; fi
-    fi
-    printf 'expected fio, which our figures stand beside, and found none: install it (Debian: fio), then run this again\n' >&2
-    exit 3
+    need_program fio "which our figures stand beside"
 }
 
 # A peer's command goes to the program as a variable, one word a line; or "!" and why there is none.
@@ -50,15 +42,8 @@ peer_nixl() {
 bench_ssd() {
     need_rust
     quiet bench-ssd "building bench/ssd" cargo build --release --locked -p pillion-bench-ssd
-    local args=("$@") i commit
-    for ((i = 0; i < ${#args[@]}; i++)); do
-        case ${args[i]} in
-        --dir | --json)
-            i=$((i + 1))
-            if [[ -n ${args[i]:-} && ${args[i]} != /* ]]; then args[i]=$CALLER/${args[i]}; fi
-            ;;
-        esac
-    done
+    local args=("$@") commit
+    callers_paths args
     commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)
     PILLION_COMMIT=$commit exec "$ROOT/target/release/pillion-bench-ssd" "${args[@]}"
 }

@@ -36,6 +36,33 @@ need_system() {
     fi
 }
 
+# need_program NAME WHY: a program whose Debian package has its name. Ends with 3 where it cannot be had.
+need_program() {
+    have "$1" && return 0
+    if [[ $(id -u) == 0 ]] && have apt-get; then
+        export DEBIAN_FRONTEND=noninteractive
+        quiet apt-update "updating the list of system packages" apt-get update -q || true
+        quiet "apt-$1" "installing $1" apt-get install -qy --no-install-recommends "$1" || true
+        if have "$1"; then return 0; fi
+    fi
+    printf 'expected %s, %s, and found none: install it (Debian: %s), then run this again\n' "$1" "$2" "$1" >&2
+    exit 3
+}
+
+# callers_paths ARRAY: the paths behind --dir and --json are relative to where the caller is.
+callers_paths() {
+    local -n given=$1
+    local at
+    for ((at = 0; at < ${#given[@]}; at++)); do
+        case ${given[at]} in
+        --dir | --json)
+            at=$((at + 1))
+            if [[ -n ${given[at]:-} && ${given[at]} != /* ]]; then given[at]=$CALLER/${given[at]}; fi
+            ;;
+        esac
+    done
+}
+
 need_rust() {
     local got
     if ! have cargo && [[ -x $HOME/.cargo/bin/cargo ]]; then PATH=$HOME/.cargo/bin:$PATH; fi

@@ -4,22 +4,10 @@
 # shellcheck source=scripts/lib/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 
-need_valgrind() {
-    have valgrind && return 0
-    if [[ $(id -u) == 0 ]] && have apt-get; then
-        export DEBIAN_FRONTEND=noninteractive
-        quiet apt-update "updating the list of system packages" apt-get update -q || true
-        quiet apt-valgrind "installing valgrind" apt-get install -qy --no-install-recommends valgrind || true
-        if have valgrind; then return 0; fi
-    fi
-    printf 'expected valgrind, which counts instructions, and found none: install it (Debian: valgrind), then run this again\n' >&2
-    exit 3
-}
-
 # instructions [--write]
 instructions() {
     need_rust
-    need_valgrind
+    need_program valgrind "which counts instructions"
     locked "vllm-$VLLM_MAIN" vllm_env "$VLLM_MAIN"
     "$ROOT/scripts/build-wheel"
     locked "vllm-$VLLM_MAIN" install_wheel "$VLLM_MAIN"

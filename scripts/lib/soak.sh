@@ -3,7 +3,7 @@
 
 # soak NAME ARGUMENTS...: paths among the arguments are relative to where the caller is.
 soak() {
-    local args=("$@") i
+    local args=("$@")
     need_system
     need_rust
     locked "vllm-$VLLM_MAIN" vllm_env "$VLLM_MAIN"
@@ -12,13 +12,6 @@ soak() {
     if [[ $1 == ssd-faults ]]; then
         quiet faultfs "building the faulty disk" cargo build --locked -p pillion-faultfs
     fi
-    for ((i = 0; i < ${#args[@]}; i++)); do
-        case ${args[i]} in
-        --dir | --json)
-            i=$((i + 1))
-            if [[ -n ${args[i]:-} && ${args[i]} != /* ]]; then args[i]=$CALLER/${args[i]}; fi
-            ;;
-        esac
-    done
+    callers_paths args
     PYTHONPATH=$ROOT/tests:$ROOT/scripts/lib exec "$VENVS/vllm-$VLLM_MAIN/bin/python" -m soak "${args[@]}"
 }

@@ -13,11 +13,9 @@ soak_fuzz() {
     cargo +nightly --version >/dev/null 2>&1 ||
         die "expected a nightly Rust toolchain, which libFuzzer's coverage needs, found none: run 'rustup toolchain install nightly', then run this again"
     cargo fuzz --version >/dev/null 2>&1 || locked cargo-fuzz cargo_fuzz
-    local host args=("$@") i
+    local host args=("$@")
     host=$(rustc +nightly -vV | sed -n 's/^host: //p')
-    for ((i = 0; i < ${#args[@]}; i++)); do
-        if [[ ${args[i]} == --json && -n ${args[i + 1]:-} && ${args[i + 1]} != /* ]]; then args[i + 1]=$CALLER/${args[i + 1]}; fi
-    done
+    callers_paths args
     PATH=$VENVS/cargo-tools/bin:$PATH quiet fuzz-build "building the fuzz targets (some minutes the first time)" \
         cargo +nightly fuzz build --fuzz-dir "$FUZZ_DIR" --target-dir "$ROOT/target/fuzz"
     "$PYTHON" "$ROOT/scripts/lib/fuzz.py" --binaries "$ROOT/target/fuzz/$host/release" --commit "$(commit_name)" "${args[@]}"
