@@ -48,7 +48,7 @@ pub(crate) fn run(mut arguments: impl Iterator<Item = String>) -> Outcome<()> {
     let (segment_bytes, capacity_bytes, content, seed) = (count()?, count()?, count()?, count()?);
     let paths: Vec<PathBuf> = arguments.map(PathBuf::from).collect();
     let shape = Shape { paths, capacity_bytes, segment_bytes, engine };
-    let pool = Pool::new(RECORD_BYTES_MAX, LANES);
+    let pool = Pool::new(RECORD_BYTES_MAX, LANES)?;
     let (tell, told) = channel();
     let heard = move |action: Action| {
         match &action {

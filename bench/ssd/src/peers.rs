@@ -54,13 +54,17 @@ fn output(mut command: Command) -> Outcome<Value> {
     Ok(serde_json::from_str(&text[begin..])?)
 }
 
-fn fio_command(directory: &Path, total: u64, seconds: f64) -> Command {
+fn fio_command(directory: &Path, load: &Load, huge_pages: bool) -> Command {
     let mut command = Command::new("fio");
     command
         .args(["--output-format=json", "--ioengine=io_uring", "--direct=1", "--thread=1", "--overwrite=1"])
         .arg(format!("--filename={}", directory.join("fio.dat").display()))
-        .arg(format!("--size={total}"))
-        .args(["--time_based=1".to_owned(), format!("--runtime={seconds}s")]);
+        .arg(format!("--size={}", load.total))
+        .args(["--time_based=1".to_owned(), format!("--runtime={}ms", (load.seconds * 1e3) as u64)]);
+    if huge_pages {
+        // Its memory is of the same kind as ours: a request ends where its memory is in too many places.
+        command.arg("--mem=mmaphuge");
+    }
     command
 }
 
@@ -82,8 +86,8 @@ fn number(value: &Value, pointer: &str) -> Outcome<f64> {
         .ok_or_else(|| format!("fio's JSON has no {pointer}"))?)
 }
 
-pub(crate) fn fio(directory: &Path, load: &Load) -> Outcome<Sample> {
-    let mut command = fio_command(directory, load.total, load.seconds);
+pub(crate) fn fio(directory: &Path, load: &Load, huge_pages: bool) -> Outcome<Sample> {
+    let mut command = fio_command(directory, load, huge_pages);
     command
         .arg("--name=case")
         .arg(format!("--rw={}", load.way.name()))
@@ -98,8 +102,8 @@ pub(crate) fn fio(directory: &Path, load: &Load) -> Outcome<Sample> {
 }
 
 /// p99 in ms of single reads, alone and with writes beside them.
-pub(crate) fn fio_p99(directory: &Path, load: &Load, writers: u64) -> Outcome<f64> {
-    let mut command = fio_command(directory, load.total, load.seconds);
+pub(crate) fn fio_p99(directory: &Path, load: &Load, writers: u64, huge_pages: bool) -> Outcome<f64> {
+    let mut command = fio_command(directory, load, huge_pages);
     command
         .arg(format!("--bs={}", load.bytes))
         .args(["--name=reads", "--rw=read"])

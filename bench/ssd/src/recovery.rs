@@ -51,7 +51,7 @@ pub(crate) fn once(arguments: impl Iterator<Item = String>) -> Outcome<()> {
         return Err("expected 3 arguments".into());
     };
     let shape = Shape::one(Path::new(directory), capacity.parse()?, segment.parse()?, Engine::Auto);
-    let pool = Pool::new(RECORD, 1);
+    let pool = Pool::new(RECORD, 1)?;
     let (hooks, _told) = told();
     let ((cpu_before, rss_before), began) = (usage(), Instant::now());
     let mut records = 0_u64;
@@ -159,7 +159,7 @@ fn expect(records: u64, start: Start) -> Outcome<Start> {
 }
 
 fn write(directory: &Path, records: u64, capacity: u64) -> Outcome<()> {
-    let mut pool = Pool::new(RECORD, LANES);
+    let mut pool = Pool::new(RECORD, LANES)?;
     let lane = pool.lane(0, RECORD);
     fill(1, pool.slice_mut(lane));
     let sum = checksum(pool.slice(lane));

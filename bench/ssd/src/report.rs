@@ -137,6 +137,7 @@ pub(crate) fn machine(directory: &Path) -> Value {
         "file_system": kind,
         "disk": model.trim(),
         "scheduler": read(&format!("/sys/block/{name}/queue/scheduler")).trim(),
+        "huge_pages_free": word(&read("/proc/meminfo"), "HugePages_Free"),
         "load_before": read("/proc/loadavg").split(' ').next(),
     })
 }

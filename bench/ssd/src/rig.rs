@@ -11,8 +11,9 @@ use std::{
     time::Instant,
 };
 
+use pillion_cuda::{HostPool, PoolOptions};
 use pillion_ssd::{
-    Aligned, Extent, Memory, OpenError,
+    Extent, Memory, OpenError,
     format::{Entry, RecordKey, RecordMeta, SpaceId},
     store::{Action, Limits},
     tier::{Config, DirectoryConfig, Engine, Hooks, Started, Tier},
@@ -21,22 +22,26 @@ use pillion_ssd::{
 /// What goes wrong in these programs is told and ends them.
 pub(crate) type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
-/// Lanes of one length. An operation has a lane for itself.
+/// Lanes of one length, in a pool as the product has one: huge pages where enough are set aside. An operation has a
+/// lane for itself.
 pub(crate) struct Pool {
     pub(crate) memory: Arc<Memory>,
+    pub(crate) has_huge_pages: bool,
     base: NonNull<u8>,
     lane_bytes: u64,
     lanes: u64,
 }
 
 impl Pool {
-    pub(crate) fn new(lane_bytes: u64, lanes: u64) -> Self {
-        let mut buffer = Box::new(Aligned::zeroed((lane_bytes * lanes) as usize));
-        let base = NonNull::from(buffer.bytes_mut()).cast();
-        // SAFETY: the buffer lives in the `Arc` and is touched through this pool only; who uses a lane has it
+    pub(crate) fn new(lane_bytes: u64, lanes: u64) -> Outcome<Self> {
+        let bytes = (lane_bytes * lanes).next_multiple_of(2 << 20);
+        let pool = HostPool::with(PoolOptions { bytes, touch: true, ..PoolOptions::default() })?;
+        let (has_huge_pages, base) = (pool.has_huge_pages(), NonNull::new(pool.address()));
+        let base = base.ok_or("the pool has no address")?;
+        // SAFETY: the mapping lives in the `Arc` and is touched through this pool only; who uses a lane has it
         // for itself until the operation's outcome is told (the contract of `slice` and `slice_mut`).
-        let memory = unsafe { Memory::from_raw(base, lane_bytes * lanes, Arc::new(buffer)) };
-        Self { memory: Arc::new(memory), base, lane_bytes, lanes }
+        let memory = unsafe { Memory::from_raw(base, bytes, Arc::new(pool)) };
+        Ok(Self { memory: Arc::new(memory), has_huge_pages, base, lane_bytes, lanes })
     }
 
     pub(crate) fn lane(&self, lane: u64, bytes: u64) -> Extent {

@@ -205,7 +205,7 @@ fn check(run: u64, place: &mut Place, dice: &mut Dice, tally: &mut Tally) -> Out
     if dice.percent(30) {
         shape.engine = Engine::Threads;
     }
-    let pool = Pool::new(RECORD_BYTES_MAX, LANES);
+    let pool = Pool::new(RECORD_BYTES_MAX, LANES)?;
     let (hooks, told) = told();
     // Copies of one key: each was offered, one is served.
     let mut there: BTreeMap<u64, u64> = BTreeMap::new();

@@ -4,6 +4,7 @@ use std::{
     collections::{HashSet, VecDeque},
     path::Path,
     sync::mpsc::Receiver,
+    thread::sleep,
     time::{Duration, Instant},
 };
 
@@ -29,6 +30,8 @@ const SEGMENT: u64 = 256 * MIB;
 const CAPACITY: u64 = 8 * SEGMENT;
 const LATENCIES: &str = "p99 of a 2 MiB read while writes saturate";
 const END: Duration = Duration::from_secs(60);
+/// Before each measurement: virtual disks save up credit while they rest, and starting a process is a rest.
+const REST: Duration = Duration::from_millis(300);
 
 /// How much of everything.
 #[derive(Debug, Clone, Copy)]
@@ -58,11 +61,11 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) ->
     let effort = if quick {
         Effort { runs: 3, seconds: 0.4, depths: &[1, 32], sizes: &[256 * KIB, 2 * MIB] }
     } else {
-        Effort { runs: 5, seconds: 0.5, depths: &DEPTHS, sizes: &SIZES }
+        Effort { runs: 5, seconds: 1.0, depths: &DEPTHS, sizes: &SIZES }
     };
     let scratch = Scratch::new(below, "bench")?;
     let machine = report::machine(&scratch.0);
-    peers::fio_lay_out(&scratch.0, TOTAL)?;
+    peers::fio_lay_out(&scratch.0, CAPACITY)?;
     let foyer = Peer::of_variable("foyer", "PILLION_PEER_FOYER");
     let nixl = Peer::of_variable("NIXL POSIX", "PILLION_PEER_NIXL");
     let mut rows = Vec::new();
@@ -125,14 +128,19 @@ fn beside(
     let (mut fio, mut theirs) = (Vec::new(), vec![Vec::new(); others.len()]);
     let mut refused = vec![None; others.len()];
     for _ in 0..runs {
+        sleep(REST);
         let mine = ours.run(load)?;
-        fio.push((mine, peers::fio(directory, load)?));
+        sleep(REST);
+        // It goes over as much of the disk as we do: what a host keeps in memory behind a virtual disk is the same share.
+        let total = if load.way == Way::Write { CAPACITY } else { load.total };
+        fio.push((mine, peers::fio(directory, &Load { total, ..*load }, ours.pool.has_huge_pages)?));
         for (number, peer) in others.iter().enumerate() {
             if refused[number].is_some() {
                 continue;
             }
             // foyer starts and recovers within its run: a longer one.
             let longer = Load { seconds: load.seconds.max(1.0), ..*load };
+            sleep(REST);
             match peer.run(directory, &longer) {
                 Ok(sample) => theirs[number].push((mine, sample)),
                 Err(why) => refused[number] = Some(why),
@@ -170,9 +178,14 @@ fn latencies(directory: &Path, ours: &mut Ours, quick: bool) -> Outcome<Vec<Row>
     let load = Load { way: Way::Read, bytes: 2 * MIB, depth: 1, seconds, total: TOTAL };
     let (mut ms, mut against) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        let (idle, busy) = (ours.p99_ms(&load, 0)?, ours.p99_ms(&load, 32)?);
-        let (their_idle, their_busy) =
-            (peers::fio_p99(directory, &load, 0)?, peers::fio_p99(directory, &load, 32)?);
+        sleep(REST);
+        let idle = ours.p99_ms(&load, 0)?;
+        sleep(REST);
+        let busy = ours.p99_ms(&load, 32)?;
+        sleep(REST);
+        let their_idle = peers::fio_p99(directory, &load, 0, ours.pool.has_huge_pages)?;
+        sleep(REST);
+        let their_busy = peers::fio_p99(directory, &load, 32, ours.pool.has_huge_pages)?;
         ms.push((busy, idle));
         against.push((busy / idle, their_busy / their_idle));
     }
@@ -200,7 +213,7 @@ struct Ours {
 
 impl Ours {
     fn start(place: &Path, bytes: u64, engine: Engine) -> Outcome<Self> {
-        let mut pool = Pool::new(bytes, DEPTHS[3] + 1);
+        let mut pool = Pool::new(bytes, DEPTHS[3] + 1)?;
         for lane in 0..=DEPTHS[3] {
             let extent = pool.lane(lane, bytes);
             fill(lane, pool.slice_mut(extent));
@@ -226,6 +239,8 @@ impl Ours {
     }
 
     fn run(&mut self, load: &Load) -> Outcome<Sample> {
+        // From the same place each time, as fio.
+        self.at = 0;
         let ((cpu_before, _), began) = (usage(), Instant::now());
         let moved = self.moved(load, u64::MAX)?;
         let seconds = began.elapsed().as_secs_f64();

@@ -10,6 +10,7 @@ use std::{
         mpsc::{Receiver, Sender, TryRecvError, channel},
     },
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -183,7 +184,16 @@ impl Tier {
         let ports = ports.into_iter().map(|(port, _)| port).collect();
         let seen = Arc::new(Mutex::new(view(&store)));
         let (waits, sees) = (Arc::clone(&waiting), Arc::clone(&seen));
-        let owner = Owner { store, ports, messages, hooks, waiting: waits, seen: sees, is_closing: false };
+        let owner = Owner {
+            store,
+            ports,
+            messages,
+            hooks,
+            waiting: waits,
+            seen: sees,
+            ended: VecDeque::new(),
+            is_closing: false,
+        };
         let owner = thread::Builder::new().name("pillion-ssd".into()).spawn(move || owner.run());
         let owner = owner.map_err(|source| cannot_start(&config.directories[0].path, source))?;
         Ok((Self { calls, waiting, seen, owner: Some(owner) }, started))
@@ -291,6 +301,8 @@ struct Owner {
     hooks: Hooks,
     waiting: Arc<AtomicUsize>,
     seen: Arc<Mutex<View>>,
+    /// Ended, and not looked at: to prove a record's bytes takes its time.
+    ended: VecDeque<Completion>,
     is_closing: bool,
 }
 
@@ -305,7 +317,9 @@ impl Owner {
                 break;
             }
             match self.messages.recv() {
-                Ok(Message::Done(completions)) => self.take(Message::Done(completions)),
+                Ok(Message::Done(completions)) => {
+                    completions.into_iter().for_each(|one| self.store.completed(one));
+                }
                 Ok(other) => early.push(other),
                 Err(_) => return,
             }
@@ -321,18 +335,25 @@ impl Owner {
                     return;
                 }
             }
-            let Ok(first) = self.messages.recv() else { return };
-            self.take(first);
+            if self.ended.is_empty() {
+                let Ok(first) = self.messages.recv() else { return };
+                self.take(first);
+            }
             // All that has come, before anything is sent on: that is what batches are made of.
             while let Ok(next) = self.messages.try_recv() {
                 self.take(next);
+            }
+            // One at a time: who waits for it is told, and what the caller asks for then is on its way to the device
+            // while the next one is proved.
+            if let Some(one) = self.ended.pop_front() {
+                self.store.completed(one);
             }
         }
     }
 
     fn take(&mut self, message: Message) {
         match message {
-            Message::Done(completions) => completions.into_iter().for_each(|one| self.store.completed(one)),
+            Message::Done(completions) => self.ended.extend(completions),
             Message::Call(call) => {
                 self.waiting.fetch_sub(1, Ordering::Relaxed);
                 self.serve(call);
@@ -442,8 +463,8 @@ impl Drop for Port {
     }
 }
 
-/// Who goes next. Reads go before writes; what is no read has a quarter of the places where it waits for them,
-/// and never more than half.
+/// Who goes next. Reads go before writes: somebody waits for them. What is no read has some places where it waits for
+/// reads, so that it goes on, and not more as long as reads come: they would wait behind it in the device.
 #[derive(Debug, Default)]
 struct Places {
     depth: usize,
@@ -452,30 +473,44 @@ struct Places {
     in_flight: usize,
     /// Tickets of what is in flight and no read.
     others_in_flight: HashSet<u64>,
+    /// When the last read went or ended.
+    read_at: Option<Instant>,
 }
+
+/// Places of what is no read, beside reads.
+const BESIDE_READS: usize = 2;
+/// So long after a read the next one is to be expected.
+const READS_PAUSE: Duration = Duration::from_millis(10);
 
 impl Places {
     fn push(&mut self, op: Op) {
         if op.what == What::Read { &mut self.reads } else { &mut self.others }.push_back(op);
     }
 
-    fn next(&mut self) -> Option<Op> {
-        let (share, half) = ((self.depth / 4).max(1), self.depth.div_ceil(2));
+    fn next(&mut self, now: Instant) -> Option<Op> {
         let others = self.others_in_flight.len();
-        let owed = if self.others.is_empty() { 0 } else { share.saturating_sub(others) };
+        let is_reading = !self.reads.is_empty()
+            || self.in_flight > others
+            || self.read_at.is_some_and(|at| now.duration_since(at) < READS_PAUSE);
+        let others_max = if is_reading { BESIDE_READS } else { self.depth.div_ceil(2) };
+        let owed = if self.others.is_empty() { 0 } else { BESIDE_READS.saturating_sub(others) };
         let read = self.reads.pop_front_if(|_| self.in_flight + owed < self.depth);
-        let may = others < half && self.in_flight < self.depth;
+        let may = others < others_max && self.in_flight < self.depth;
         let op = read.or_else(|| self.others.pop_front_if(|_| may))?;
         self.in_flight += 1;
-        if op.what != What::Read {
+        if op.what == What::Read {
+            self.read_at = Some(now);
+        } else {
             self.others_in_flight.insert(op.ticket);
         }
         Some(op)
     }
 
-    fn ended(&mut self, ticket: u64) {
+    fn ended(&mut self, ticket: u64, now: Instant) {
         self.in_flight -= 1;
-        self.others_in_flight.remove(&ticket);
+        if !self.others_in_flight.remove(&ticket) {
+            self.read_at = Some(now);
+        }
     }
 }
 
@@ -490,14 +525,16 @@ fn work(device: &mut dyn Device, queue: &Receiver<Op>, tell: &Sender<Message>) {
                 Err(TryRecvError::Disconnected) => break true,
             }
         };
-        while let Some(op) = places.next() {
+        let now = Instant::now();
+        while let Some(op) = places.next(now) {
             device.submit(op);
         }
         if is_over && places.in_flight == 0 {
             return;
         }
         device.wait(None, &mut done);
-        done.iter().for_each(|one| places.ended(one.ticket));
+        let now = Instant::now();
+        done.iter().for_each(|one| places.ended(one.ticket, now));
         if !done.is_empty() && tell.send(Message::Done(std::mem::take(&mut done))).is_err() {
             // Nobody listens: end what is in flight, take no more.
             places.reads.clear();
@@ -515,28 +552,33 @@ mod tests {
     }
 
     #[test]
-    fn a_write_gets_its_share_while_reads_take_all_places_and_never_more_than_half() {
+    fn writes_go_on_beside_reads_and_have_half_of_the_places_when_no_reads_come() {
         let mut places = Places { depth: 16, ..Places::default() };
+        let mut now = Instant::now();
+        let taken = |places: &mut Places, now| -> Vec<u64> {
+            std::iter::from_fn(|| places.next(now)).map(|op| op.ticket).collect()
+        };
         (0..1000).for_each(|ticket| places.push(op(ticket, What::Read)));
-        let mut flying: VecDeque<u64> = std::iter::from_fn(|| places.next()).map(|op| op.ticket).collect();
+        let mut flying = VecDeque::from(taken(&mut places, now));
         assert_eq!(flying.len(), 16, "reads alone take all places");
         (1000..1100).for_each(|ticket| places.push(op(ticket, What::Write)));
         for _ in 0..200 {
-            places.ended(flying.pop_front().unwrap());
-            flying.extend(std::iter::from_fn(|| places.next()).map(|op| op.ticket));
+            places.ended(flying.pop_front().unwrap(), now);
+            flying.extend(taken(&mut places, now));
             assert_eq!((flying.len(), places.in_flight), (16, 16));
-            assert!(places.others_in_flight.len() <= 4, "reads still first");
+            assert!(places.others_in_flight.len() <= BESIDE_READS, "reads still first");
         }
-        assert!(places.others.len() < 70, "writes go on: {} wait", places.others.len());
+        assert!(places.others.len() < 80, "writes go on: {} wait", places.others.len());
         places.reads.clear();
-        for _ in 0..16 {
-            places.ended(flying.pop_front().unwrap());
-            flying.extend(std::iter::from_fn(|| places.next()).map(|op| op.ticket));
+        while let Some(ticket) = flying.pop_front() {
+            places.ended(ticket, now);
         }
-        assert_eq!(
-            (flying.len(), places.others_in_flight.len()),
-            (8, 8),
-            "half, however few reads there are"
-        );
+        flying.extend(taken(&mut places, now));
+        assert_eq!(flying.len(), BESIDE_READS, "the next read may be about to come");
+        now += READS_PAUSE;
+        flying.extend(taken(&mut places, now));
+        assert_eq!((flying.len(), places.others_in_flight.len()), (8, 8), "half, where none came");
+        places.push(op(2000, What::Read));
+        assert_eq!(taken(&mut places, now), [2000], "it need not wait for any of them to end");
     }
 }

@@ -39,11 +39,20 @@ pub struct Limits {
     pub batches_max: u32,
     /// I/O errors after which a directory takes no more writes.
     pub strikes_max: u32,
+    /// A directory of so many segments opens the next one while one fills; one of fewer has none to spare for that.
+    pub ahead_segments_min: u32,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { puts_max: 256, gets_max: 1024, batch_bytes: 4 << 20, batches_max: 8, strikes_max: 3 }
+        Self {
+            puts_max: 256,
+            gets_max: 1024,
+            batch_bytes: 4 << 20,
+            batches_max: 8,
+            strikes_max: 3,
+            ahead_segments_min: 8,
+        }
     }
 }
 

@@ -1,10 +1,11 @@
 //! Segments: their states, and how one is opened and sealed.
 //!
 //! ```text
-//! Absent ─prepare─► Opening ─header, sync─► Open ─full─► Sealing ─sync, footer, sync─► Sealed
-//!   Free ───────────►                                                                    │ evict
-//!    ▲                                                                                   ▼
-//!    └──────────────────────── nobody reads, what is hot is durable elsewhere ──── Draining
+//! Absent ─prepare─► Opening ─header, sync─► Ready ─turn─► Open ─full─► Sealing ─sync, footer, sync─► Sealed
+//!   Free ───────────►                                                                                  │ evict
+//!    ▲                                                                                                 ▼
+//!    └────────────────────────────── nobody reads, what is hot is durable elsewhere ──────────── Draining
+//! The next one is opened while the open one fills: a sync can take as long as many writes.
 //! A segment that a crash left open is Sealing from the start.
 //! Retired: after an I/O error, from any state; read, never written again.
 //! ```
@@ -30,6 +31,8 @@ pub enum State {
     Free,
     /// Its header is being written.
     Opening,
+    /// Its header is durable; it takes records when the open one is full.
+    Ready,
     /// Takes records.
     Open,
     /// Takes no more; its footer is being written.
@@ -133,6 +136,8 @@ pub(super) struct Shelf {
     pub(super) block: Superblock,
     pub(super) segments: Vec<Segment>,
     pub(super) open: Option<u32>,
+    /// The one after it.
+    pub(super) ready: Option<u32>,
     pub(super) opening: bool,
     pub(super) queue: VecDeque<Put>,
     /// Records to be read and written again.
@@ -170,6 +175,7 @@ impl Shelf {
             block,
             segments: (0..slots).map(|_| segment()).collect(),
             open: None,
+            ready: None,
             opening: false,
             queue: VecDeque::new(),
             relocate: VecDeque::new(),
@@ -223,7 +229,8 @@ impl Shelf {
 
     /// Whether something is under way after which a segment may be free, or can be evicted.
     pub(super) fn is_moving(&self) -> bool {
-        let moving = |state| matches!(state, State::Opening | State::Open | State::Sealing | State::Draining);
+        use State::{Draining, Open, Opening, Ready, Sealing};
+        let moving = |state| matches!(state, Opening | Ready | Open | Sealing | Draining);
         self.segments.iter().any(|segment| moving(segment.state))
     }
 }
@@ -357,14 +364,26 @@ impl Store {
     }
 
     fn opened(&mut self, shelf: usize, slot: u32) {
-        let segment = self.at(shelf, slot);
-        if segment.state != State::Opening {
+        if self.at(shelf, slot).state != State::Opening {
             return;
         }
-        segment.state = State::Open;
-        segment.writer = Some(Box::new(Writer::at(SECTOR as u64)));
-        self.shelves[shelf].open = Some(slot);
+        self.at(shelf, slot).state = State::Ready;
         self.shelves[shelf].opening = false;
+        self.shelves[shelf].ready = Some(slot);
+        if self.shelves[shelf].open.is_none() {
+            self.turn(shelf);
+        }
+    }
+
+    /// The open segment takes no more: the next one does, if it is there already.
+    fn turn(&mut self, shelf: usize) {
+        let next = self.shelves[shelf].ready.take();
+        self.shelves[shelf].open = next;
+        if let Some(slot) = next {
+            let segment = self.at(shelf, slot);
+            segment.state = State::Open;
+            segment.writer = Some(Box::new(Writer::at(SECTOR as u64)));
+        }
     }
 
     /// Ends a life that recovery read record by record, because a crash had left it open: with a footer the next
@@ -397,7 +416,7 @@ impl Store {
     /// Takes no more records; the footer follows when all writes have ended.
     pub(super) fn seal(&mut self, shelf: usize, slot: u32) {
         if self.shelves[shelf].open == Some(slot) {
-            self.shelves[shelf].open = None;
+            self.turn(shelf);
         }
         let segment = self.at(shelf, slot);
         if segment.state == State::Open {
@@ -406,10 +425,10 @@ impl Store {
         }
     }
 
-    /// Seals what is open: before an orderly end, so that the next start needs no scan.
+    /// Seals what is open, and what is ready: before an orderly end, so that the next start needs no scan.
     pub fn close(&mut self) {
         for shelf in 0..self.shelves.len() {
-            if let Some(slot) = self.shelves[shelf].open {
+            while let Some(slot) = self.shelves[shelf].open {
                 self.seal(shelf, slot);
             }
         }
@@ -458,7 +477,7 @@ impl Store {
             self.fail_acks(&writer.waiting, error);
         }
         if self.shelves[shelf].open == Some(slot) {
-            self.shelves[shelf].open = None;
+            self.turn(shelf);
         }
         if was == State::Opening {
             self.shelves[shelf].opening = false;

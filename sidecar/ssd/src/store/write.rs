@@ -22,7 +22,7 @@ impl Store {
                 self.fail_queue(shelf, PutError::ReadOnly);
                 return;
             }
-            if place.opening {
+            if place.opening && place.open.is_none() {
                 return;
             }
             // Making room goes before using it.
@@ -113,9 +113,23 @@ impl Store {
             return true;
         }
         writer.in_flight += 1;
+        let is_half_full = writer.tail >= segment_bytes / 2;
         let parts = gather(&self.memory, &mut puts);
         self.io(shelf, slot, What::Write, at, parts, Pending::Batch(puts));
+        if is_half_full {
+            self.open_ahead(shelf);
+        }
         true
+    }
+
+    /// Opens the segment after the open one, or asks for room for it.
+    fn open_ahead(&mut self, shelf: usize) {
+        let place = &self.shelves[shelf];
+        let has_many = place.segments.len() >= self.limits.ahead_segments_min as usize;
+        if has_many && !place.opening && place.ready.is_none() {
+            self.open_next(shelf);
+            self.want_room(shelf);
+        }
     }
 
     pub(super) fn batch_ended(

@@ -72,6 +72,7 @@ impl Tier {
             batch_bytes: plan.batch_bytes,
             batches_max: 3,
             strikes_max: 3,
+            ahead_segments_min: 4,
         };
         let mut names = dice.fork(dice.clone().roll());
         let random = Box::new(move || {

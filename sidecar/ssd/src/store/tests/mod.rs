@@ -96,7 +96,11 @@ struct World {
 
 impl World {
     fn on(disk: &Arc<Mutex<Disk>>, seed: u64) -> Self {
-        Self::with(disk, seed, Limits { batch_bytes: 40 << 10, batches_max: 3, ..Limits::default() })
+        // Every other world opens segments ahead.
+        let ahead_segments_min = if seed.is_multiple_of(2) { SLOTS } else { SLOTS + 1 };
+        let limits =
+            Limits { batch_bytes: 40 << 10, batches_max: 3, ahead_segments_min, ..Limits::default() };
+        Self::with(disk, seed, limits)
     }
 
     fn with(disk: &Arc<Mutex<Disk>>, seed: u64, limits: Limits) -> Self {

@@ -66,7 +66,7 @@ fn records_are_gathered_and_nothing_is_written_twice() {
 
 #[test]
 fn what_was_read_since_it_was_written_is_told_so_once() {
-    let mut world = World::on(&Disk::new(SEGMENT), 4);
+    let mut world = World::on(&Disk::new(SEGMENT), 5);
     (0..4).for_each(|n| world.save(n, false));
     assert!(world.load(1) && world.load(2));
     world.store.close();
@@ -216,6 +216,29 @@ fn a_durable_put_that_comes_while_the_footer_is_synced_ends() {
     world.drive();
     world.check();
     assert!(world.seen.durable.contains(&0));
+}
+
+#[test]
+fn a_full_segment_gives_way_to_the_next_without_waiting_for_a_sync() {
+    let disk = Disk::new(SEGMENT);
+    for (seed, ahead) in [(1, false), (2, true)] {
+        let mut world = World::on(&disk, seed);
+        let first = 100 * seed;
+        let is_ready = |world: &World| world.store.segments(0).any(|view| view.state == State::Ready);
+        (first..first + 4).for_each(|n| world.save(n, false));
+        assert_eq!(is_ready(&world), ahead, "past its half");
+        (first + 4..first + 9).for_each(|n| world.put(n, false).unwrap());
+        let held = world.drive_but(|op| op.what == What::Sync);
+        let written = (first..first + 9).filter(|n| world.store.contains(&key(*n))).count();
+        assert_eq!(written == 9, ahead, "{written} of 9");
+        held.into_iter().for_each(|op| world.device.submit(op));
+        world.drive();
+        world.check();
+        world.store.close();
+        world.drive();
+        world.check();
+        assert!(!is_ready(&world), "an orderly end seals it, too");
+    }
 }
 
 #[test]
