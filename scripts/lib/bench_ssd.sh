@@ -38,12 +38,24 @@ peer_nixl() {
     export PILLION_PEER_NIXL
 }
 
+# set_aside MIB: so much memory in 2 MiB pages, until this shell ends.
+set_aside() {
+    local pages=/proc/sys/vm/nr_hugepages before
+    before=$(<"$pages")
+    # shellcheck disable=SC2064 # what it is now
+    trap "echo $before >$pages" EXIT
+    echo $((before + $1 / 2)) >"$pages" 2>/dev/null || die "cannot set memory aside in 2 MiB pages: expected to be root"
+}
+
 # bench_ssd COMMAND ARGUMENTS...: paths among the arguments are relative to where the caller is.
 bench_ssd() {
     need_rust
     quiet bench-ssd "building bench/ssd" cargo build --release --locked -p pillion-bench-ssd
-    local args=("$@") commit
+    local args=() commit word
+    for word in "$@"; do
+        if [[ $word == --huge-pages ]]; then set_aside 1400; else args+=("$word"); fi
+    done
     callers_paths args
     commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)
-    PILLION_COMMIT=$commit exec "$ROOT/target/release/pillion-bench-ssd" "${args[@]}"
+    PILLION_COMMIT=$commit "$ROOT/target/release/pillion-bench-ssd" "${args[@]}"
 }
