@@ -98,7 +98,7 @@ bench_all() {
         shift
     done
     mkdir -p "$place"
-    for name in policy lookup step copy ttft survival recovery ssd gpu; do
+    for name in policy index lookup step copy ttft survival recovery ssd gpu; do
         if [[ $name == gpu ]] && ! has_gpu; then
             results+=("gpu:3:$place/gpu.json")
             continue

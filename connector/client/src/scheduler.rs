@@ -201,9 +201,11 @@ impl SchedulerClient {
         };
         let fresh = table.is_fresh();
         let (seed, neighbours) = (state.seed, state.fresh_neighbours());
-        blocks(hashes)
+        let keys = blocks(hashes).map(|hash| IndexKey::new(seed, space, hash));
+        table
+            .ahead(keys)
             .enumerate()
-            .filter(|(_, hash)| !fresh || !has(table, &neighbours, IndexKey::new(seed, space, hash)))
+            .filter(|(_, key)| !fresh || !has(table, &neighbours, *key))
             .map(|(index, _)| index as u32)
             .collect()
     }
@@ -366,29 +368,28 @@ impl State {
         self.neighbours.iter().map(|neighbour| &neighbour.table).filter(|table| table.is_fresh()).collect()
     }
 
-    /// The closure says of a hash whether somebody has its block.
-    fn finder(&mut self, group: usize) -> Option<impl Fn(&[u8; HASH_BYTES]) -> bool> {
+    /// Of each block, whether somebody has it. `None`: nothing can be trusted.
+    fn finds(&mut self, group: usize, hashes: &[u8]) -> Option<impl Iterator<Item = bool>> {
+        self.counts.blocks_looked_up += (hashes.len() / HASH_BYTES) as u64;
         let seed = self.seed;
         let space = self.fresh(group)?.0;
         let (table, neighbours) = (self.table.as_ref()?, self.fresh_neighbours());
-        Some(move |hash: &[u8; HASH_BYTES]| has(table, &neighbours, IndexKey::new(seed, &space, hash)))
+        let keys = blocks(hashes).map(move |hash| IndexKey::new(seed, &space, hash));
+        Some(table.ahead(keys).map(move |key| has(table, &neighbours, key)))
     }
 
     fn lookup(&mut self, group: usize, hashes: &[u8]) -> usize {
-        let Some(has) = self.finder(group) else { return 0 };
-        let present = blocks(hashes).take_while(|hash| has(hash)).count();
-        drop(has);
-        self.counts.blocks_looked_up += (hashes.len() / HASH_BYTES) as u64;
+        let Some(finds) = self.finds(group, hashes) else { return 0 };
+        let present = finds.take_while(|there| *there).count();
         self.counts.blocks_present += present as u64;
         present
     }
 
     fn present(&mut self, alive: bool, group: usize, hashes: &[u8]) -> Vec<bool> {
-        let found: Vec<bool> = match self.finder(group).filter(|_| alive) {
-            Some(has) => blocks(hashes).map(has).collect(),
+        let found: Vec<bool> = match self.finds(group, hashes).filter(|_| alive) {
+            Some(finds) => finds.collect(),
             None => vec![false; hashes.len() / HASH_BYTES],
         };
-        self.counts.blocks_looked_up += found.len() as u64;
         self.counts.blocks_present += found.iter().filter(|there| **there).count() as u64;
         found
     }

@@ -6,7 +6,7 @@ use std::process::Command;
 fn a_tier_that_is_killed_at_random_moments_loses_nothing_that_it_acknowledged() {
     let home = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let json = home.path().join("soak.json");
-    let output = Command::new(env!("CARGO_BIN_EXE_pillion-bench-ssd"))
+    let output = Command::new(env!("CARGO_BIN_EXE_pillion-bench"))
         .args(["soak-kill", "--runs", "40", "--seed", "7", "--dir"])
         .arg(home.path())
         .arg("--json")

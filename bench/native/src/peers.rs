@@ -40,9 +40,17 @@ pub(crate) struct Load {
     pub(crate) total: u64,
 }
 
-fn output(mut command: Command) -> Outcome<Value> {
+/// A peer that takes longer has come to no end.
+const PEER_SECONDS_MAX: &str = "120";
+
+fn output(command: &Command) -> Outcome<Value> {
     let name = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().map_err(|error| format!("{name}: {error}"))?;
+    let mut bounded = Command::new("timeout");
+    bounded.arg(PEER_SECONDS_MAX).arg(command.get_program()).args(command.get_args());
+    let output = bounded.output().map_err(|error| format!("{name}: {error}"))?;
+    if output.status.code() == Some(124) {
+        return Err(format!("{name} was not done after {PEER_SECONDS_MAX} s").into());
+    }
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("nothing said");
@@ -76,7 +84,7 @@ pub(crate) fn fio_lay_out(directory: &Path, total: u64) -> Outcome<()> {
         .args(["--ioengine=io_uring", "--direct=1", "--end_fsync=1"])
         .arg(format!("--filename={}", directory.join("fio.dat").display()))
         .arg(format!("--size={total}"));
-    output(command).map(drop)
+    output(&command).map(drop)
 }
 
 fn number(value: &Value, pointer: &str) -> Outcome<f64> {
@@ -93,7 +101,7 @@ pub(crate) fn fio(directory: &Path, load: &Load, huge_pages: bool) -> Outcome<Sa
         .arg(format!("--rw={}", load.way.name()))
         .arg(format!("--bs={}", load.bytes))
         .arg(format!("--iodepth={}", load.depth));
-    let value = output(command)?;
+    let value = output(&command)?;
     let job = value.pointer("/jobs/0").ok_or("fio's JSON has no job")?;
     let of = |name: &str| number(job, &format!("/{}/{name}", load.way.name()));
     let (bytes, seconds) = (of("io_bytes")?, of("runtime")? / 1e3);
@@ -111,7 +119,7 @@ pub(crate) fn fio_p99(directory: &Path, load: &Load, writers: u64, huge_pages: b
     if writers > 0 {
         command.args(["--name=writes", "--rw=write"]).arg(format!("--iodepth={writers}"));
     }
-    let value = output(command)?;
+    let value = output(&command)?;
     let job = value.pointer("/jobs/0/read/clat_ns/percentile").ok_or("fio's JSON has no percentiles")?;
     Ok(job.get("99.000000").and_then(Value::as_f64).ok_or("fio's JSON has no p99")? / 1e6)
 }
@@ -134,17 +142,28 @@ impl Peer {
         Self { name, command }
     }
 
-    pub(crate) fn run(&self, directory: &Path, load: &Load) -> Result<Sample, String> {
+    /// A program that is on every machine of ours.
+    pub(crate) fn of_command(name: &'static str, words: &[&str]) -> Self {
+        Self { name, command: Ok(words.iter().map(|&word| word.to_owned()).collect()) }
+    }
+
+    /// What it prints.
+    pub(crate) fn ask(&self, more: &[String]) -> Result<Value, String> {
         let words = self.command.as_ref().map_err(Clone::clone)?;
         let (program, arguments) = words.split_first().ok_or("an empty command")?;
         let mut command = Command::new(program);
-        command.args(arguments).arg(load.way.name()).arg("--dir").arg(directory);
+        command.args(arguments).args(more);
+        output(&command).map_err(|error| error.to_string())
+    }
+
+    pub(crate) fn run(&self, directory: &Path, load: &Load) -> Result<Sample, String> {
+        let mut words = vec![load.way.name().to_owned(), "--dir".to_owned(), directory.display().to_string()];
         let numbers = [("--bytes", load.bytes), ("--depth", load.depth), ("--total", load.total)];
         for (name, number) in numbers {
-            command.args([name.to_owned(), number.to_string()]);
+            words.extend([name.to_owned(), number.to_string()]);
         }
-        command.args(["--seconds".to_owned(), load.seconds.to_string()]);
-        let value = output(command).map_err(|error| error.to_string())?;
+        words.extend(["--seconds".to_owned(), load.seconds.to_string()]);
+        let value = self.ask(&words)?;
         let of = |name: &str| value.get(name).and_then(Value::as_f64).ok_or("no figures");
         Ok(Sample { gbps: of("gbps")?, cpu_s_per_gb: of("cpu_s_per_gb")? })
     }

@@ -1,4 +1,4 @@
-# Builds and runs the program that measures the SSD tier. Sourced, never run.
+# Builds and runs the program that measures the SSD tier and the index. Sourced, never run.
 # shellcheck shell=bash
 
 # shellcheck source=scripts/lib/env.sh
@@ -38,6 +38,16 @@ peer_nixl() {
     export PILLION_PEER_NIXL
 }
 
+peer_dashmap() {
+    need_rust
+    if quiet peer-dashmap "building dashmap, a peer" env CARGO_TARGET_DIR="$ROOT/target/peers" \
+        cargo build --release --locked --manifest-path "$ROOT/bench/peers/dashmap/Cargo.toml"; then
+        export PILLION_PEER_DASHMAP=$ROOT/target/peers/release/pillion-peer-dashmap
+    else
+        export PILLION_PEER_DASHMAP='!it does not build here'
+    fi
+}
+
 # set_aside MIB: so much memory in 2 MiB pages, until this shell ends.
 set_aside() {
     local pages=/proc/sys/vm/nr_hugepages before
@@ -47,15 +57,15 @@ set_aside() {
     echo $((before + $1 / 2)) >"$pages" 2>/dev/null || die "cannot set memory aside in 2 MiB pages: expected to be root"
 }
 
-# bench_ssd COMMAND ARGUMENTS...: paths among the arguments are relative to where the caller is.
-bench_ssd() {
+# bench_native COMMAND ARGUMENTS...: paths among the arguments are relative to where the caller is.
+bench_native() {
     need_rust
-    quiet bench-ssd "building bench/ssd" cargo build --release --locked -p pillion-bench-ssd
+    quiet bench-native "building bench/native" cargo build --release --locked -p pillion-bench
     local args=() commit word
     for word in "$@"; do
         if [[ $word == --huge-pages ]]; then set_aside 1400; else args+=("$word"); fi
     done
     callers_paths args
     commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)
-    PILLION_COMMIT=$commit "$ROOT/target/release/pillion-bench-ssd" "${args[@]}"
+    PILLION_COMMIT=$commit "$ROOT/target/release/pillion-bench" "${args[@]}"
 }

@@ -1,7 +1,8 @@
-//! Measures and torments the SSD tier. Run by `scripts/bench` and `scripts/soak`.
+//! Measures and torments the SSD tier, and measures the index. Run by `scripts/bench` and `scripts/soak`.
 #![deny(unsafe_code)]
 
 mod child;
+mod index;
 mod peers;
 mod recovery;
 mod report;
@@ -14,9 +15,10 @@ use std::{path::PathBuf, process::ExitCode};
 use rig::Outcome;
 
 const USAGE: &str = "\
-usage: pillion-bench-ssd ssd [--dir DIR] [--json FILE] [--quick] [--only TEXT]
-       pillion-bench-ssd recovery [--dir DIR] [--json FILE] [--quick]
-       pillion-bench-ssd soak-kill --runs N [--seed S] [--dir DIR] [--json FILE]
+usage: pillion-bench ssd [--dir DIR] [--json FILE] [--quick] [--only TEXT]
+       pillion-bench recovery [--dir DIR] [--json FILE] [--quick]
+       pillion-bench index [--json FILE] [--quick]
+       pillion-bench soak-kill --runs N [--seed S] [--dir DIR] [--json FILE]
 ends with 0: all budgets met, nothing wrong; 1: missed or wrong; 2: usage";
 
 /// What was asked for.
@@ -61,6 +63,7 @@ fn run() -> Outcome<Option<bool>> {
             throughput::run(&options.dir, options.json.as_deref(), options.quick, &options.only).map(Some)
         }
         "recovery" => recovery::run(&options.dir, options.json.as_deref(), options.quick).map(Some),
+        "index" => index::run(options.json.as_deref(), options.quick).map(Some),
         "soak-kill" if options.runs > 0 => {
             soak::run(&options.dir, options.json.as_deref(), options.runs, options.seed).map(Some)
         }
