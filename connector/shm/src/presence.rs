@@ -180,41 +180,31 @@ const AHEAD: usize = 16;
 pub struct Ahead<'a, I> {
     table: &'a TableReader,
     keys: I,
-    waiting: [Option<IndexKey>; AHEAD],
+    /// A ring of those that were fetched.
+    waiting: [IndexKey; AHEAD],
     at: usize,
-}
-
-impl<I: Iterator<Item = IndexKey>> Ahead<'_, I> {
-    fn fetch(&mut self) -> Option<IndexKey> {
-        let key = self.keys.next()?;
-        for bucket in key.buckets(self.table.mask) {
-            prefetch(entry(self.table.map.words(), bucket, 0).0);
-        }
-        Some(key)
-    }
+    count: usize,
 }
 
 impl<I: Iterator<Item = IndexKey>> Iterator for Ahead<'_, I> {
     type Item = IndexKey;
 
     fn next(&mut self) -> Option<IndexKey> {
-        let next = self.fetch();
-        let key = std::mem::replace(&mut self.waiting[self.at], next);
+        while self.count < AHEAD
+            && let Some(key) = self.keys.next()
+        {
+            self.table.fetch(key);
+            self.waiting[(self.at + self.count) % AHEAD] = key;
+            self.count += 1;
+        }
+        if self.count == 0 {
+            return None;
+        }
+        let key = self.waiting[self.at];
         self.at = (self.at + 1) % AHEAD;
-        key
+        self.count -= 1;
+        Some(key)
     }
-}
-
-/// A hint to the processor.
-fn prefetch(word: &AtomicU64) {
-    #[cfg(all(target_arch = "x86_64", not(loom)))]
-    // SAFETY: a prefetch changes nothing, whatever it is given; every x86-64 has it.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(word).cast());
-    }
-    #[cfg(not(all(target_arch = "x86_64", not(loom))))]
-    let _ = word;
 }
 
 /// Tables up to this length are mapped as a whole when they are opened: an engine's first lookups should not pay for
@@ -256,11 +246,20 @@ impl TableReader {
 
     /// The same keys in the same order, each asked for from memory some places before it comes: for who looks up many.
     pub fn ahead<I: Iterator<Item = IndexKey>>(&self, keys: I) -> Ahead<'_, I> {
-        let mut ahead = Ahead { table: self, keys, waiting: [None; AHEAD], at: 0 };
-        for at in 0..AHEAD {
-            ahead.waiting[at] = ahead.fetch();
+        Ahead { table: self, keys, waiting: [IndexKey(0); AHEAD], at: 0, count: 0 }
+    }
+
+    /// A hint to the processor: this key's entries are about to be looked at.
+    fn fetch(&self, key: IndexKey) {
+        #[cfg(all(target_arch = "x86_64", not(loom)))]
+        for bucket in key.buckets(self.mask) {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            let first = self.map.words().as_ptr().wrapping_add(HEADER_WORDS + bucket * BUCKET * 2);
+            // SAFETY: a prefetch changes nothing, whatever it is given; every x86-64 has it.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(first.cast()) };
         }
-        ahead
+        #[cfg(not(all(target_arch = "x86_64", not(loom))))]
+        let _ = key;
     }
 
     /// A key's tier bits, 0 if it is absent. Look at [`TableReader::is_fresh`] once for many keys.
