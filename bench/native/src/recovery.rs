@@ -36,7 +36,7 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool) -> Outcome<boo
     let scratch = Scratch::new(below, "recovery")?;
     let machine = report::machine(&scratch.0);
     let mut rows = Vec::new();
-    let (runs, counts): (usize, &[u64]) = if quick { (3, &[20_000]) } else { (3, &[100_000, 300_000]) };
+    let (runs, counts): (usize, &[u64]) = if quick { (3, &[20_000]) } else { (3, &[100_000, 1_000_000]) };
     for &records in counts {
         rows.extend(small(&scratch, records, runs)?);
     }
