@@ -308,6 +308,4 @@ def measure(quick: bool) -> list[Row]:
     for size in SIZES:
         with ExitStack() as stack:
             rows += Bench(quick, stack).run(size)
-    why = "there is no bench of the Rust index by itself; dashmap was not built"
-    rows.append(Row.without("P12", "block operations a second, per core", "dashmap", "M/s", why, budget=None))
     return rows
