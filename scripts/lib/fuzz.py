@@ -198,7 +198,11 @@ def main() -> int:
         parser.error(f"no such target: {', '.join(unknown)}; there are {', '.join(known)}")
     jobs = max(1, min(options.jobs, len(targets)))
     seconds = max(1, int(options.minutes * 60 / len(targets)))
-    print(f"==> {len(targets)} targets, {jobs} at a time, {seconds} s of a core each", file=sys.stderr, flush=True)
+    print(
+        f"==> {len(targets)} targets, {jobs} at a time, {seconds} s of a core each",
+        file=sys.stderr,
+        flush=True,
+    )
     runs = all_of([options.binaries / target for target in targets], seconds, jobs)
     report = {
         "campaign": "fuzz",
