@@ -199,14 +199,14 @@ impl SchedulerClient {
         let (true, Some(space), Some(table)) = (alive, state.spaces.get(group), &state.table) else {
             return Vec::new();
         };
-        let fresh = table.is_fresh();
-        let (seed, neighbours) = (state.seed, state.fresh_neighbours());
-        let keys = blocks(hashes).map(|hash| IndexKey::new(seed, space, hash));
-        table
-            .ahead(keys)
-            .enumerate()
-            .filter(|(_, key)| !fresh || !has(table, &neighbours, *key))
-            .map(|(index, _)| index as u32)
+        if !table.is_fresh() {
+            return (0..(hashes.len() / HASH_BYTES) as u32).collect();
+        }
+        state
+            .whether(*space, table, hashes)
+            .zip(0..)
+            .filter(|(there, _)| !there)
+            .map(|(_, index)| index)
             .collect()
     }
 
@@ -368,19 +368,23 @@ impl State {
         self.neighbours.iter().map(|neighbour| &neighbour.table).filter(|table| table.is_fresh()).collect()
     }
 
-    /// Of each block, whether somebody has it. `None`: nothing can be trusted.
-    fn finds(&mut self, group: usize, hashes: &[u8]) -> Option<impl Iterator<Item = bool>> {
-        self.counts.blocks_looked_up += (hashes.len() / HASH_BYTES) as u64;
-        let seed = self.seed;
-        let space = self.fresh(group)?.0;
-        let (table, neighbours) = (self.table.as_ref()?, self.fresh_neighbours());
+    /// Of each block, whether somebody has it.
+    fn whether(&self, space: [u8; 16], table: &TableReader, hashes: &[u8]) -> impl Iterator<Item = bool> {
+        let (seed, neighbours) = (self.seed, self.fresh_neighbours());
         let keys = blocks(hashes).map(move |hash| IndexKey::new(seed, &space, hash));
-        Some(table.ahead(keys).map(move |key| has(table, &neighbours, key)))
+        table.ahead(keys).map(move |key| has(table, &neighbours, key))
+    }
+
+    /// The same of a group's blocks, where the table can be trusted.
+    fn finds(&mut self, group: usize, hashes: &[u8]) -> Option<impl Iterator<Item = bool>> {
+        let space = self.fresh(group)?.0;
+        Some(self.whether(space, self.table.as_ref()?, hashes))
     }
 
     fn lookup(&mut self, group: usize, hashes: &[u8]) -> usize {
         let Some(finds) = self.finds(group, hashes) else { return 0 };
         let present = finds.take_while(|there| *there).count();
+        self.counts.blocks_looked_up += (hashes.len() / HASH_BYTES) as u64;
         self.counts.blocks_present += present as u64;
         present
     }
@@ -390,6 +394,7 @@ impl State {
             Some(finds) => finds.collect(),
             None => vec![false; hashes.len() / HASH_BYTES],
         };
+        self.counts.blocks_looked_up += found.len() as u64;
         self.counts.blocks_present += found.iter().filter(|there| **there).count() as u64;
         found
     }
