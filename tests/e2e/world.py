@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,16 +27,6 @@ REPORT: list[str] = []
 """Measurements that are shown at the end of the run: no test judges them."""
 
 
-def alone(command: Sequence[str]) -> None:
-    """Runs what makes a model, one at a time: another process may want the same one."""
-    lock = ROOT / "target" / "models" / "e2e.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 class Models:
     """Small models with fixed weights, made once."""
 
@@ -46,14 +34,13 @@ class Models:
         place = ROOT / "target" / "models" / f"e2e-{which}"
         prompts = ROOT / "target" / "models" / "e2e-prompts.json"
         place.parent.mkdir(parents=True, exist_ok=True)
-        own = prompts.with_suffix(f".{os.getpid()}")
-        own.write_text(json.dumps(["a quiet river and"]))
-        own.replace(prompts)
+        prompts.write_text(json.dumps(["a quiet river and"]))
         command = [sys.executable, str(ROOT / "scripts" / "lib" / "make_model.py"), str(place)]
         options = ["--size=tiny", f"--seed={SEEDS[which]}", f"--prompts={prompts}", "--max-tokens=8"]
         if which in FAMILIES:
             options.append(f"--family={which}")
-        alone([*command, *options])
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
         return place
 
     def adapter(self, base: Path, seed: int) -> Path:
@@ -67,7 +54,8 @@ class Models:
     def _made(self, name: str, *options: str) -> Path:
         place = ROOT / "target" / "models" / name
         command = [sys.executable, str(ROOT / "scripts" / "lib" / "make_model.py"), str(place)]
-        alone([*command, *options])
+        done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
         return place
 
 
