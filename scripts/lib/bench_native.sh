@@ -11,14 +11,18 @@ need_fio() {
 }
 
 # A peer's command goes to the program as a variable, one word a line; or "!" and why there is none.
-peer_foyer() {
+peer_foyer() { peer_crate foyer FOYER; }
+peer_dashmap() { peer_crate dashmap DASHMAP; }
+
+# peer_crate NAME VARIABLE: a program of bench/peers.
+peer_crate() {
+    local said='!it does not build here'
     need_rust
-    if quiet peer-foyer "building foyer, a peer (some minutes, once)" env CARGO_TARGET_DIR="$ROOT/target/peers" \
-        cargo build --release --locked --manifest-path "$ROOT/bench/peers/foyer/Cargo.toml"; then
-        export PILLION_PEER_FOYER=$ROOT/target/peers/release/pillion-peer-foyer
-    else
-        export PILLION_PEER_FOYER='!it does not build here'
+    if quiet "peer-$1" "building $1, a peer (some minutes, once)" env CARGO_TARGET_DIR="$ROOT/target/peers" \
+        cargo build --release --locked --manifest-path "$ROOT/bench/peers/$1/Cargo.toml"; then
+        said=$ROOT/target/peers/release/pillion-peer-$1
     fi
+    export "PILLION_PEER_$2=$said"
 }
 
 peer_nixl() {
@@ -36,16 +40,6 @@ peer_nixl() {
     fi
     printf -v PILLION_PEER_NIXL '%s\n%s' "$dir/bin/python" "$ROOT/bench/peers/nixl_posix.py"
     export PILLION_PEER_NIXL
-}
-
-peer_dashmap() {
-    need_rust
-    if quiet peer-dashmap "building dashmap, a peer" env CARGO_TARGET_DIR="$ROOT/target/peers" \
-        cargo build --release --locked --manifest-path "$ROOT/bench/peers/dashmap/Cargo.toml"; then
-        export PILLION_PEER_DASHMAP=$ROOT/target/peers/release/pillion-peer-dashmap
-    else
-        export PILLION_PEER_DASHMAP='!it does not build here'
-    fi
 }
 
 # set_aside MIB: so much memory in 2 MiB pages, until this shell ends.
