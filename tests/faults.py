@@ -138,8 +138,10 @@ FAULTS = (
     Fault(15, "a slow disk, one that hangs", "a load falls through to computing",
           "core `a_slow_disk_is_promised_for_no_further_than_it_reaches`, `a_load_whose_disk_hangs_fails_before_its_deadline`, chaos "
           "`test_a_slow_disk_is_not_waited_for`, `test_a_disk_that_fails_under_a_load_fails_the_load_only`"),
-    Fault(16, "io_uring is refused", "threads do the same, and the reason is told",
-          "chaos `test_where_io_uring_is_refused_threads_do_the_same`, ssd `the_tier_with_threads`"),
+    Fault(16, "io_uring is refused, or little memory may be locked",
+          "threads do the same, or io_uring without registered buffers; the reason is told",
+          "chaos `test_where_io_uring_is_refused_threads_do_the_same`, "
+          "`test_with_little_memory_to_lock_io_uring_goes_without_registered_buffers`, ssd `the_tier_with_threads`"),
     Fault(17, "a directory of another version, of others, with foreign files", "refused, and left as it is",
           "ssd `directories_of_version_1_are_refused`, `what_is_not_ours_is_refused_and_left_as_it_is`, chaos "
           "`test_what_is_not_ours_is_refused_and_left_as_it_is`"),

@@ -48,6 +48,26 @@ def test_where_io_uring_is_refused_threads_do_the_same(world: World, tmp_path: P
     assert ssd(sidecar)["blocks_read"] == 30
 
 
+def test_with_little_memory_to_lock_io_uring_goes_without_registered_buffers(
+    world: World, tmp_path: Path
+) -> None:
+    less = ("setpriv", "--bounding-set=-ipc_lock", "prlimit", "--memlock=1048576:1048576")
+    sidecar = limited(world, *less, ssd=f"{tmp_path / 'ssd'}=64MiB", ssd_segment="1MiB").start()
+    engine = world.engine(sidecar)
+    prompt = chain("a", 30)
+    engine.must_save(prompt)
+    await_written(sidecar, 30)
+    (directory,) = ssd(sidecar)["directories"]
+    assert directory["engine"] == "io_uring"
+    assert "0 MiB of the pool as registered buffers, not more: Cannot allocate" in directory["refused"]
+    before = engine.attaches()
+    kill(sidecar)
+    sidecar.start()
+    engine.await_again(before)
+    assert len(engine.must_load(prompt).hashes) == 30
+    assert ssd(sidecar)["blocks_read"] == 30
+
+
 def test_one_that_must_have_io_uring_says_why_it_does_not_start(world: World, tmp_path: Path) -> None:
     sidecar = limited(world, *NO_IO_URING, ssd=f"{tmp_path / 'ssd'}=64MiB", ssd_engine="uring")
     with pytest.raises(AssertionError):

@@ -221,6 +221,11 @@ impl Ours {
         let (hooks, told) = told();
         let shape = Shape::one(place, CAPACITY, SEGMENT, engine);
         let (tier, started) = start(&shape, &pool.memory, hooks, |_| ())?;
+        // The peers' memory is registered before their time begins.
+        let rings = || started.iter().filter_map(|how| how.registered.as_ref());
+        while rings().any(|it| it.bytes() < pool.memory.bytes() && it.refused().is_none()) {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         let mut ours = Self {
             tier,
             told,

@@ -30,7 +30,7 @@ use crate::{
     channel::Outgoing,
     copier::{Copiers, CopyReport, CopyTask},
     lanes::{LaneTask, Lanes},
-    metrics::{self, CoreCounters, LabelValue, Metrics, NeighbourCounters, SsdCounters},
+    metrics::{self, CoreCounters, LabelValue, Metrics, NeighbourCounters, SsdCounters, SsdEngine},
     neighbours::{self, Answer, Neighbours},
     register::Registered,
     ssd::{Recovered, Ssd, Told},
@@ -817,7 +817,10 @@ impl Driver {
     }
 
     fn ssd_counters(&self, core: &Counters) -> SsdCounters {
-        let view = self.ssd.as_ref().map(|ssd| ssd.view().1).unwrap_or_default();
+        let (places, view) = self.ssd.as_ref().map(Ssd::view).unwrap_or_default();
+        let started = || places.iter().filter_map(|(_, started)| started.as_ref());
+        let registered = started().filter_map(|how| how.registered.as_ref()).map(|it| it.bytes());
+        let with = |engine: &SsdEngine| started().filter(|how| how.engine == engine.text()).count() as u64;
         SsdCounters {
             records: core.ssd_records,
             hidden_records: core.ssd_records_hidden,
@@ -838,6 +841,8 @@ impl Driver {
             leases_ahead: core.leases_ahead,
             retired_segments: view.shelves.iter().map(|shelf| u64::from(shelf.retired)).sum(),
             read_only_directories: view.shelves.iter().filter(|shelf| shelf.is_read_only).count() as u64,
+            directories: [SsdEngine::IoUring, SsdEngine::Threads].each_ref().map(with),
+            registered_bytes: registered.min().unwrap_or_default(),
         }
     }
 

@@ -20,8 +20,8 @@ use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 pub use labels::{
-    Access, Direction, LabelValue, LeaseOutcome, Lending, Lookup, Outcome, Path, Refusal, Role, Skip, Tier,
-    Waited,
+    Access, Direction, LabelValue, LeaseOutcome, Lending, Lookup, Outcome, Path, Refusal, Role, Skip,
+    SsdEngine, Tier, Waited,
 };
 pub use neighbours::NeighbourCounters;
 pub use ssd::SsdCounters;

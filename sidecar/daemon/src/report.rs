@@ -49,7 +49,7 @@ fn ssd(driver: &Driver, shared: &Shared) -> SsdStatus {
         SsdDirectoryStatus {
             path: path.display().to_string(),
             engine: started.as_ref().map_or("", |how| how.engine).to_owned(),
-            refused: started.as_ref().and_then(|how| how.refused.clone()),
+            refused: started.as_ref().and_then(Started::shortfall),
             capacity_bytes: shelf.capacity_bytes,
             used_bytes: shelf.used_bytes,
             records: shelf.records,

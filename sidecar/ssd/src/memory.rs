@@ -1,10 +1,19 @@
 //! Memory that I/O reads and writes: aligned buffers, and the host pool's extents.
 #![expect(unsafe_code, reason = "turns extents of the host pool's mapping into slices")]
 
-use std::{any::Any, fmt, ptr::NonNull, sync::Arc};
+use std::{
+    any::Any,
+    fmt, io,
+    ptr::NonNull,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
 
 use crate::{
-    device::Part,
+    device::{Part, Wake},
     format::{SECTOR, padded},
 };
 
@@ -91,6 +100,10 @@ impl Extent {
 pub struct Memory {
     base: NonNull<u8>,
     bytes: u64,
+    /// From the start on, so many bytes have their pages.
+    populated: AtomicU64,
+    /// Who is woken when there are more. `None`: nobody populates it.
+    waiting: Mutex<Option<Vec<Arc<dyn Wake>>>>,
     _keep: Arc<dyn Any + Send + Sync>,
 }
 
@@ -111,7 +124,7 @@ impl Memory {
     /// If it does not start on a page.
     pub unsafe fn from_raw(base: NonNull<u8>, bytes: u64, keep: Arc<dyn Any + Send + Sync>) -> Self {
         assert!(base.addr().get().is_multiple_of(SECTOR), "a mapping starts on a page");
-        Self { base, bytes, _keep: keep }
+        Self { base, bytes, populated: AtomicU64::new(0), waiting: Mutex::new(None), _keep: keep }
     }
 
     /// Memory of its own.
@@ -133,6 +146,52 @@ impl Memory {
     /// Its length.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Has every page made, step by step, on a thread of its own that steps back for all others: a first touch takes
+    /// far longer than a copy. `wake` is called after each step. Once for all who ask.
+    ///
+    /// # Errors
+    /// Where no thread can be had.
+    pub(crate) fn populate(self: &Arc<Self>, step: u64, wake: Arc<dyn Wake>) -> io::Result<()> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(waiting) = &mut *waiting {
+            waiting.push(wake);
+            return Ok(());
+        }
+        let memory = Arc::downgrade(self);
+        let run = move || {
+            let own = rustix::thread::gettid();
+            let _ = rustix::process::setpriority_process(Some(own), 19);
+            while memory.upgrade().is_some_and(|memory| memory.populate_step(step)) {}
+        };
+        thread::Builder::new().name("pillion-populate".into()).spawn(run)?;
+        *waiting = Some(vec![wake]);
+        Ok(())
+    }
+
+    /// Whether there is more to do.
+    fn populate_step(&self, step: u64) -> bool {
+        let from = self.populated();
+        let to = (from + step).min(self.bytes);
+        let (at, bytes) = (self.base.as_ptr().wrapping_add(from as usize), (to - from) as usize);
+        // Only advice: before Linux 5.14, or without memory, whoever touches the page makes it, or fails.
+        // SAFETY: inside the mapping, whose content stays as it is.
+        let _ = unsafe { rustix::mm::madvise(at.cast(), bytes, rustix::mm::Advice::LinuxPopulateWrite) };
+        self.populated.store(to, Ordering::Release);
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.iter().flatten().for_each(|one| one.wake());
+        if to < self.bytes {
+            return true;
+        }
+        // Who asks from now on finds all of it.
+        *waiting = Some(Vec::new());
+        false
+    }
+
+    /// From the start on, so many bytes have their pages.
+    pub(crate) fn populated(&self) -> u64 {
+        self.populated.load(Ordering::Acquire)
     }
 
     /// Whether an extent lies inside, on whole sectors.

@@ -16,7 +16,7 @@ use std::{
 use crate::{
     Extent, GetError, Memory, OpenError, PutError,
     device::{
-        Completion, Device, Op, Wake, What,
+        Completion, Device, Op, Registered, Wake, What,
         directory::{Directory, SLOTS_MAX, Use, random},
         threads::Threads,
         uring::Uring,
@@ -74,8 +74,22 @@ pub struct Started {
     pub engine: &'static str,
     /// Why it is not io_uring, where that was tried.
     pub refused: Option<String>,
+    /// What of the pool it has registered by now.
+    pub registered: Option<Arc<Registered>>,
     /// What recovery met.
     pub report: Report,
+}
+
+impl Started {
+    /// What of io_uring is not had, and why, as far as that is known by now.
+    pub fn shortfall(&self) -> Option<String> {
+        let unregistered = || {
+            let registered = self.registered.as_ref()?;
+            let (error, mib) = (registered.refused()?, registered.bytes() >> 20);
+            Some(format!("the kernel takes {mib} MiB of the pool as registered buffers, not more: {error}"))
+        };
+        self.refused.clone().or_else(unregistered)
+    }
 }
 
 /// An engine over a directory, as asked. The thread that calls this is the one that may use it.
@@ -430,7 +444,13 @@ impl Port {
             let report = recover(&mut *device, |slot, found| {
                 let _ = tell.send(Message::Found(shelf, slot, found));
             });
-            let how = Started { superblock: device.superblock(), engine: device.engine(), refused, report };
+            let how = Started {
+                superblock: device.superblock(),
+                engine: device.engine(),
+                refused,
+                registered: device.registered(),
+                report,
+            };
             if tell.send(Message::Started(shelf, Ok((how, device.waker())))).is_ok() {
                 work(&mut *device, &queue, &tell);
             }

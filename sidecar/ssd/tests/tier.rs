@@ -9,7 +9,8 @@ use std::{
         Arc,
         mpsc::{Receiver, channel},
     },
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use pillion_ssd::{
@@ -126,6 +127,16 @@ impl Run {
         self.tier.put(n, meta, extent, durable).unwrap();
     }
 
+    /// Until the pool is registered with every ring: before it, memory is given to the kernel by its address.
+    fn await_registered(&self) {
+        let rings = || self.started.iter().filter_map(|how| how.registered.as_ref());
+        let until = Instant::now() + Duration::from_secs(20);
+        while rings().any(|it| it.bytes() < LANE * LANES && it.refused().is_none()) {
+            assert!(Instant::now() < until, "{:?}", self.started);
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn ending(&self) -> Action {
         loop {
             match self.told.recv_timeout(Duration::from_secs(20)).expect("everything ends") {
@@ -176,6 +187,7 @@ fn suite(wanted: Engine) {
     drop(run);
 
     let run = start(&paths, &pool, wanted).unwrap();
+    run.await_registered();
     assert_eq!(run.recovered.len(), 48);
     let sealed: u32 = run.started.iter().map(|started| started.report.sealed).sum();
     assert!(sealed >= 2 && run.started.iter().all(|started| started.report.scanned == 0));

@@ -34,7 +34,7 @@ fn used(it: &SsdDirectoryStatus) -> Check {
         Some(why) => Check::warn(
             NAME,
             format!("{found}: {why}"),
-            "threads do the same work, more slowly: raise `ulimit -l` to the pool's size, or allow io_uring",
+            "the same work is done more slowly: raise `ulimit -l` to the pool's size, or allow io_uring",
         ),
         None => Check::ok(NAME, found),
     }

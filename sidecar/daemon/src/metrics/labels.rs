@@ -85,6 +85,14 @@ label!(
     Write = "write",
 );
 label!(
+    /// What does a disk's reads and writes.
+    SsdEngine, "engine":
+    /// One ring.
+    IoUring = "io_uring",
+    /// `preadv` and `pwritev`, where io_uring is refused.
+    Threads = "threads",
+);
+label!(
     /// Which way blocks go between sidecars of a node.
     Lending, "way":
     /// From a neighbour's pool.

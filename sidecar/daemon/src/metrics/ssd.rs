@@ -3,7 +3,7 @@
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::registry::{Registry, Unit};
 
-use super::labels::{Access, PerLabel, Waited};
+use super::labels::{Access, LabelValue, PerLabel, SsdEngine, Waited};
 use super::{Whole, level, plain, store};
 
 /// What the core and the tier count of the SSD.
@@ -47,6 +47,10 @@ pub struct SsdCounters {
     pub retired_segments: u64,
     /// Directories that take no writes any more, now.
     pub read_only_directories: u64,
+    /// Directories that have been recovered, by [`SsdEngine`].
+    pub directories: [u64; SsdEngine::ALL.len()],
+    /// Bytes of the host pool that are registered with the ring of every directory that has one, now.
+    pub registered_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -55,6 +59,8 @@ pub(super) struct SsdMetrics {
     waiting: Whole,
     retired: Whole,
     read_only: Whole,
+    directories: PerLabel<SsdEngine, Whole>,
+    registered: Whole,
     blocks: PerLabel<Access, Counter>,
     bytes: PerLabel<Access, Counter>,
     failures: PerLabel<Access, Counter>,
@@ -76,6 +82,10 @@ impl SsdMetrics {
         let retired = plain(r, "ssd_retired_segments", help, None);
         let help = "SSD directories that take no writes any more after too many errors";
         let read_only = plain(r, "ssd_read_only_directories", help, None);
+        let help = "SSD directories that have been recovered, by what reads and writes them";
+        let directories = PerLabel::register(r, "ssd_directories", help, None, Whole::default);
+        let help = "Bytes of the host pool that the kernel has pinned for io_uring; it grows to the pool's size after the start";
+        let registered = plain(r, "ssd_registered", help, Some(Unit::Bytes));
         let help = "Blocks read from the SSD and written to it";
         let blocks = PerLabel::register(r, "ssd_blocks", help, None, counters);
         let help = "Bytes of blocks read from the SSD and written to it";
@@ -86,7 +96,20 @@ impl SsdMetrics {
         let unwritten = plain(r, "ssd_unwritten_blocks", help, None);
         let help = "Leases that were granted while some of their blocks were still to be read from the SSD";
         let ahead = plain(r, "ssd_leases_ahead", help, None);
-        Self { hidden, waiting, retired, read_only, blocks, bytes, failures, unwritten, waits, ahead }
+        Self {
+            hidden,
+            waiting,
+            retired,
+            read_only,
+            directories,
+            registered,
+            blocks,
+            bytes,
+            failures,
+            unwritten,
+            waits,
+            ahead,
+        }
     }
 
     pub(super) fn set(&self, now: &SsdCounters) {
@@ -94,6 +117,10 @@ impl SsdMetrics {
         level(&self.waiting, now.writes_waiting);
         level(&self.retired, now.retired_segments);
         level(&self.read_only, now.read_only_directories);
+        for (engine, count) in SsdEngine::ALL.iter().zip(now.directories) {
+            level(self.directories.at(*engine), count);
+        }
+        level(&self.registered, now.registered_bytes);
         store(self.blocks.at(Access::Read), now.blocks_read);
         store(self.blocks.at(Access::Write), now.blocks_written);
         store(self.bytes.at(Access::Read), now.bytes_read);

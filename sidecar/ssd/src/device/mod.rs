@@ -6,7 +6,14 @@ pub mod faulty;
 pub mod threads;
 pub mod uring;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicI32, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use crate::{
     format::Superblock,
@@ -115,6 +122,42 @@ impl Completion {
     }
 }
 
+/// How much of the pool an engine has registered with the kernel. It grows for a while after the start; requests go
+/// to the rest of the pool by its address.
+#[derive(Debug, Default)]
+pub struct Registered {
+    bytes: AtomicU64,
+    /// 0: nothing was refused.
+    refused: AtomicI32,
+}
+
+impl Registered {
+    /// From the pool's start on.
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Why there will be no more: the kernel's answer. For users other than root that is most often ENOMEM: their
+    /// RLIMIT_MEMLOCK is shorter than the pool.
+    pub fn refused(&self) -> Option<io::Error> {
+        let errno = self.refused.load(Ordering::Relaxed);
+        (errno != 0).then(|| io::Error::from_raw_os_error(errno))
+    }
+
+    fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed) != 0
+    }
+
+    fn add(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn refuse(&self, error: &io::Error) {
+        // EIO
+        self.refused.store(error.raw_os_error().unwrap_or(5), Ordering::Relaxed);
+    }
+}
+
 /// Wakes a thread that waits for completions.
 pub trait Wake: Send + Sync {
     /// Ends the current or the next wait.
@@ -138,4 +181,8 @@ pub trait Device {
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>);
     /// Something that ends a wait from another thread.
     fn waker(&self) -> Arc<dyn Wake>;
+    /// What of the pool is registered, where the engine registers it.
+    fn registered(&self) -> Option<Arc<Registered>> {
+        None
+    }
 }

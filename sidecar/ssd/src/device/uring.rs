@@ -1,5 +1,9 @@
 //! io_uring, with the host pool and the segment files registered. One ring, owned by the thread that made it.
 //!
+//! Registering pins the pool's pages, and the first touch of a page takes its time: seconds for some GiB. Nobody waits
+//! for it. The pool is registered piece by piece, each once its pages are there (see [`Memory::populate`]); until then
+//! the same requests go to the same memory by its address.
+//!
 //! Memory in flight belongs to this module: operations are kept here until all of their completions have come,
 //! also when the engine is dropped.
 #![expect(unsafe_code, reason = "the kernel reads and writes memory by its address")]
@@ -14,7 +18,7 @@ use std::{
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::event::EventfdFlags;
 
-use super::{Completion, Device, Op, Part, Wake, What, directory::Directory, threads::PARTS_MAX};
+use super::{Completion, Device, Op, Part, Registered, Wake, What, directory::Directory, threads::PARTS_MAX};
 use crate::{
     format::Superblock,
     memory::{Extent, Memory},
@@ -24,8 +28,10 @@ const ENTRIES: u32 = 256;
 const COMPLETIONS: u32 = 4096;
 /// Operations in flight: beyond it a device only queues.
 const DEPTH: usize = 64;
-/// The kernel's bound for one registered buffer.
-const BUFFER_BYTES: u64 = 1 << 30;
+/// One registered buffer, unless the pool has too many of these: to pin as much takes a few milliseconds.
+const BUFFER_BYTES_MIN: u64 = 64 << 20;
+/// The kernel's bounds.
+const BUFFER_BYTES_MAX: u64 = 1 << 30;
 const BUFFERS_MAX: u64 = 1 << 14;
 /// Registered files; a slot beyond is used by its descriptor.
 const FILES: u32 = 1024;
@@ -53,6 +59,7 @@ pub struct Uring {
     ring: IoUring,
     directory: Directory,
     memory: Arc<Memory>,
+    buffers: Buffers,
     flights: Vec<Option<Flight>>,
     vacant: Vec<usize>,
     /// Ended, and not told yet. Entries that the submission queue had no room for are never kept: it is submitted
@@ -71,21 +78,25 @@ impl std::fmt::Debug for Uring {
 }
 
 impl Uring {
-    /// Makes a ring and registers the pool. Only the calling thread may use it then.
+    /// Makes a ring and registers the files. Only the calling thread may use it then; the pool is registered while it
+    /// waits.
     ///
     /// # Errors
-    /// The directory back, and why io_uring is refused: seccomp, `io_uring_disabled`, RLIMIT_MEMLOCK.
+    /// The directory back, and why io_uring is refused: seccomp, `io_uring_disabled`.
     pub fn new(directory: Directory, memory: &Arc<Memory>) -> Result<Self, (Directory, io::Error)> {
         let made = make_ring().and_then(|ring| {
-            register(&ring, &directory, memory)?;
-            let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?;
-            Ok((ring, Arc::new(event)))
+            register_files(&ring, &directory)?;
+            let event = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?);
+            let buffers = Buffers::new(&ring, memory);
+            memory.populate(buffers.bytes_each, Arc::new(Waker(Arc::clone(&event))))?;
+            Ok((ring, event, buffers))
         });
         match made {
-            Ok((ring, event)) => Ok(Self {
+            Ok((ring, event, buffers)) => Ok(Self {
                 ring,
                 directory,
                 memory: Arc::clone(memory),
+                buffers,
                 flights: Vec::new(),
                 vacant: Vec::new(),
                 failed: Vec::new(),
@@ -143,9 +154,10 @@ impl Uring {
             match part {
                 Part::Pool(extent) if extent.bytes >= ALONE_BYTES => {
                     self.close_run(&mut run, &mut at, file, is_read, vectors, &mut entries);
-                    for piece in pieces(*extent) {
+                    for piece in pieces(*extent, self.buffers.bytes_each) {
                         let address = self.memory.address(piece)?;
-                        entries.push((file.fixed(is_read, address, piece, at), piece.bytes));
+                        let buffer = self.buffers.holding(piece);
+                        entries.push((file.alone(is_read, address, piece.bytes, buffer, at), piece.bytes));
                         at += piece.bytes;
                     }
                 }
@@ -267,18 +279,7 @@ fn make_ring() -> io::Result<IoUring> {
     }
 }
 
-fn register(ring: &IoUring, directory: &Directory, memory: &Memory) -> io::Result<()> {
-    let all = Extent { offset: 0, bytes: memory.bytes() };
-    if memory.bytes().div_ceil(BUFFER_BYTES) > BUFFERS_MAX {
-        return Err(io::Error::from_raw_os_error(libc::E2BIG));
-    }
-    let buffers: Option<Vec<_>> =
-        pieces(all).into_iter().map(|piece| Some(iovec(memory.address(piece)?, piece.bytes))).collect();
-    let buffers = buffers.ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT))?;
-    if !buffers.is_empty() {
-        // SAFETY: the pool's mapping lives as long as `memory`, which the engine keeps beside its ring.
-        unsafe { ring.submitter().register_buffers(&buffers) }?;
-    }
+fn register_files(ring: &IoUring, directory: &Directory) -> io::Result<()> {
     ring.submitter().register_files_sparse(FILES + 1)?;
     // What is in flight outlives a killed process, and its descriptors. The ring ends after it: a lock that hangs
     // on the ring, too, keeps the next owner from writing where a last write of this one may still land.
@@ -295,11 +296,71 @@ fn register_file(ring: &IoUring, directory: &Directory, slot: u32) -> io::Result
     }
 }
 
+/// The pool, registered from its start on.
+#[derive(Debug)]
+struct Buffers {
+    bytes_each: u64,
+    /// Of them.
+    registered: u64,
+    shown: Arc<Registered>,
+}
+
+impl Buffers {
+    /// A table that is empty yet.
+    fn new(ring: &IoUring, memory: &Memory) -> Self {
+        let least = memory.bytes().div_ceil(BUFFERS_MAX);
+        let bytes_each = least.next_power_of_two().max(BUFFER_BYTES_MIN);
+        let shown = Arc::new(Registered::default());
+        let made = match memory.bytes().div_ceil(bytes_each) {
+            0 => Ok(()),
+            // Kernels before 5.19 have no table that is empty.
+            buffers if bytes_each <= BUFFER_BYTES_MAX => {
+                ring.submitter().register_buffers_sparse(buffers as u32)
+            }
+            _ => Err(io::Error::from_raw_os_error(libc::E2BIG)),
+        };
+        if let Err(error) = made {
+            shown.refuse(&error);
+        }
+        Self { bytes_each, registered: 0, shown }
+    }
+
+    /// The next one to register: its pages are there.
+    fn next(&self, memory: &Memory) -> Option<Extent> {
+        let offset = self.registered * self.bytes_each;
+        let bytes = self.bytes_each.min(memory.bytes().saturating_sub(offset));
+        let due = bytes > 0 && offset + bytes <= memory.populated() && !self.shown.is_refused();
+        due.then_some(Extent { offset, bytes })
+    }
+
+    fn register(&mut self, ring: &IoUring, memory: &Memory, next: Extent) {
+        let buffer = memory.address(next).map(|address| [iovec(address, next.bytes)]);
+        let made = buffer.ok_or_else(|| io::Error::from_raw_os_error(libc::EFAULT)).and_then(|buffer| {
+            // SAFETY: the pool's mapping lives as long as `memory`, which the engine keeps beside its ring.
+            unsafe { ring.submitter().register_buffers_update(self.registered as u32, &buffer, None) }
+        });
+        match made {
+            Ok(()) => {
+                self.registered += 1;
+                self.shown.add(next.bytes);
+            }
+            Err(error) => self.shown.refuse(&error),
+        }
+    }
+
+    /// The number of the buffer that holds a piece, if it is registered.
+    fn holding(&self, piece: Extent) -> Option<u16> {
+        let buffer = piece.offset / self.bytes_each;
+        // A pool has at most BUFFERS_MAX.
+        (buffer < self.registered).then_some(buffer as u16)
+    }
+}
+
 /// An extent, cut where one registered buffer ends and the next begins.
-fn pieces(extent: Extent) -> Vec<Extent> {
+fn pieces(extent: Extent, bytes_each: u64) -> Vec<Extent> {
     let (mut pieces, mut at, end) = (Vec::new(), extent.offset, extent.offset + extent.bytes);
     while at < end {
-        let to = end.min((at / BUFFER_BYTES + 1) * BUFFER_BYTES);
+        let to = end.min((at / bytes_each + 1) * bytes_each);
         pieces.push(Extent { offset: at, bytes: to - at });
         at = to;
     }
@@ -334,13 +395,26 @@ impl File {
         build!(self, |file| opcode::Fsync::new(file).flags(types::FsyncFlags::DATASYNC))
     }
 
-    fn fixed(self, is_read: bool, address: *mut u8, piece: Extent, at: u64) -> squeue::Entry {
-        // A piece is at most a record, 64 MiB; a pool has at most BUFFERS_MAX buffers.
-        let (bytes, buffer) = (piece.bytes as u32, (piece.offset / BUFFER_BYTES) as u16);
-        if is_read {
-            build!(self, |file| opcode::ReadFixed::new(file, address, bytes, buffer).offset(at))
-        } else {
-            build!(self, |file| opcode::WriteFixed::new(file, address, bytes, buffer).offset(at))
+    /// Memory in one piece, from its registered buffer if it has one.
+    fn alone(
+        self,
+        is_read: bool,
+        address: *mut u8,
+        bytes: u64,
+        buffer: Option<u16>,
+        at: u64,
+    ) -> squeue::Entry {
+        // A piece is at most a record, 64 MiB.
+        let bytes = bytes as u32;
+        match (is_read, buffer) {
+            (true, Some(buffer)) => {
+                build!(self, |file| opcode::ReadFixed::new(file, address, bytes, buffer).offset(at))
+            }
+            (false, Some(buffer)) => {
+                build!(self, |file| opcode::WriteFixed::new(file, address, bytes, buffer).offset(at))
+            }
+            (true, None) => build!(self, |file| opcode::Read::new(file, address, bytes).offset(at)),
+            (false, None) => build!(self, |file| opcode::Write::new(file, address, bytes).offset(at)),
         }
     }
 
@@ -413,7 +487,13 @@ impl Device for Uring {
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>) {
         self.listen();
         done.append(&mut self.failed);
-        let wanted = if done.is_empty() { timeout } else { Some(Duration::ZERO) };
+        let is_more = self.buffers.next(&self.memory).is_some_and(|next| {
+            // What has been submitted is on its way meanwhile.
+            let _ = self.ring.submit();
+            self.buffers.register(&self.ring, &self.memory, next);
+            true
+        });
+        let wanted = if done.is_empty() && !is_more { timeout } else { Some(Duration::ZERO) };
         // Every operation would wait for ever.
         self.enter(wanted).expect("io_uring_enter");
         self.reap(done);
@@ -421,6 +501,9 @@ impl Device for Uring {
 
     fn waker(&self) -> Arc<dyn Wake> {
         Arc::new(Waker(Arc::clone(&self.event)))
+    }
+    fn registered(&self) -> Option<Arc<Registered>> {
+        Some(Arc::clone(&self.buffers.shown))
     }
 }
 
@@ -438,5 +521,64 @@ impl Drop for Uring {
         }
         // The ring itself ends some time later; the lock should not.
         let _ = self.ring.submitter().unregister_files();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{device::directory::Use, memory::Aligned};
+
+    /// Writes the extent and reads the file's first bytes back.
+    fn there_and_back(ring: &mut Uring, extent: Extent) -> Aligned {
+        let parts = [Part::Pool(extent), Part::Owned(Aligned::zeroed(extent.bytes as usize))];
+        let mut done = Vec::new();
+        for (what, part) in [What::Write, What::Read].into_iter().zip(parts) {
+            ring.submit(Op { ticket: 7, slot: 0, what, at: 0, parts: vec![part] });
+            while done.is_empty() {
+                ring.wait(None, &mut done);
+            }
+            let ended: Completion = done.remove(0);
+            assert_eq!((ended.ticket, ended.result), (7, Ok(())));
+            if let Some(Part::Owned(buffer)) = ended.parts.into_iter().next() {
+                return buffer;
+            }
+        }
+        panic!("what was read comes back");
+    }
+
+    #[test]
+    fn records_lie_across_buffers_that_are_registered_and_that_are_not() {
+        // On the disk that builds: O_DIRECT needs a real one.
+        let here = std::env::current_exe().unwrap();
+        let home = tempfile::tempdir_in(here.parent().unwrap()).unwrap();
+        let memory = Arc::new(Memory::owned(2 * BUFFER_BYTES_MIN + 4096));
+        let segment_bytes = 1 << 20;
+        let mut directory = Directory::open(home.path(), Use::Own { segment_bytes }).unwrap();
+        directory.prepare(0).unwrap();
+        let Ok(mut ring) = Uring::new(directory, &memory) else {
+            // Where the kernel refuses it, `tests/tier.rs` shows that threads do the same.
+            return;
+        };
+        let across = Extent { offset: BUFFER_BYTES_MIN - (256 << 10), bytes: 512 << 10 };
+        let wanted: Vec<u8> = (0..across.bytes).map(|at| (at % 251) as u8).collect();
+        memory.with_mut(across, |bytes| bytes.copy_from_slice(&wanted)).unwrap();
+        let holding = |ring: &Uring| {
+            pieces(across, BUFFER_BYTES_MIN)
+                .into_iter()
+                .map(|it| ring.buffers.holding(it))
+                .collect::<Vec<_>>()
+        };
+        // One more buffer is registered with each wait, once its pages are there.
+        let mut met = vec![holding(&ring)];
+        while ring.buffers.shown.bytes() < memory.bytes() {
+            assert!(ring.buffers.shown.refused().is_none());
+            ring.wait(Some(Duration::from_secs(10)), &mut Vec::new());
+            assert!(there_and_back(&mut ring, across).bytes() == wanted);
+            met.push(holding(&ring));
+        }
+        assert_eq!(met.first(), Some(&vec![None, None]));
+        assert_eq!(met.last(), Some(&vec![Some(0), Some(1)]));
+        assert!(there_and_back(&mut ring, across).bytes() == wanted);
     }
 }
