@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -91,10 +92,11 @@ def test_a_wrong_flag_or_file_keeps_it_from_starting_with_a_reason(world: World)
     assert not sidecar.socket.exists()
 
 
-def detach(sidecar: Sidecar, *flags: str) -> subprocess.Popen[str]:
+def detach(sidecar: Sidecar, *flags: str, keep: tuple[int, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
         sidecar.arguments("serve", "--detach", *flags),
         env=sidecar.environment,
+        pass_fds=keep,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -123,6 +125,21 @@ def test_detached_starts_at_the_same_time_make_one_sidecar(world: World) -> None
     os.kill(supervisor, signal.SIGTERM)
     until(lambda: ended(supervisor), "it to end", 15)
     assert not sidecar.socket.exists()
+
+
+def test_a_detached_one_keeps_nothing_open_that_its_starter_had(world: World) -> None:
+    sidecar = world.sidecar(start=False)
+    read, write = os.pipe()
+    starter = detach(sidecar, keep=(write,))
+    os.close(write)
+    assert starter.wait(20) == 0
+    sidecar.await_ready()
+    # vLLM's workers have such pipes: the engine ends when nobody holds them any more.
+    ready, _, _ = select.select([read], [], [], 5)
+    assert ready and os.read(read, 1) == b""
+    os.close(read)
+    os.kill(sidecar.pid_of("cpu0.supervisor.pid"), signal.SIGTERM)
+    until(lambda: not sidecar.socket.exists(), "it to end", 15)
 
 
 def serves(pid: str, sidecar: Sidecar) -> bool:

@@ -1,16 +1,18 @@
 //! `pillion serve`: one supervisor per device, in the foreground or detached.
+#![expect(unsafe_code, reason = "marks descriptors that the process inherited, by their numbers")]
 
 use std::{
     env,
     ffi::OsString,
     fs::File,
     io::Write,
+    os::fd::{BorrowedFd, RawFd},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::FlockOperation;
+use rustix::{fs::FlockOperation, io::FdFlags};
 
 use crate::{
     config::Config,
@@ -64,9 +66,22 @@ fn write_pid(file: &mut File) -> Result<()> {
     Ok(())
 }
 
+/// What the engine's process left open for its own children (pipes of Python's multiprocessing, sockets) is not the
+/// sidecar's: whoever waits for the other end to close would wait for as long as the sidecar lives.
+fn keep_descriptors_from_children() {
+    let names = std::fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let numbers = names.filter_map(|name| name.file_name().to_str()?.parse::<RawFd>().ok());
+    for number in numbers.filter(|number| *number > 2) {
+        // SAFETY: nothing is read, written or closed through it; of one that is closed meanwhile the call says so.
+        let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
+        let _ = rustix::io::fcntl_setfd(descriptor, FdFlags::CLOEXEC);
+    }
+}
+
 fn start_detached(places: &Places, arguments: Vec<OsString>) -> Result<()> {
     let log = open_private(&places.log(), true)?;
     let program = env::current_exe().context("cannot find this executable")?;
+    keep_descriptors_from_children();
     let mut child = Command::new(&program)
         .arg("serve")
         .arg(DETACHED)
