@@ -131,11 +131,16 @@ pub(crate) struct Shape {
     pub(crate) capacity_bytes: u64,
     pub(crate) segment_bytes: u64,
     pub(crate) engine: Engine,
+    pub(crate) limits: Limits,
 }
 
 impl Shape {
     pub(crate) fn one(path: &Path, capacity_bytes: u64, segment_bytes: u64, engine: Engine) -> Self {
-        Self { paths: vec![path.to_owned()], capacity_bytes, segment_bytes, engine }
+        Self::of(vec![path.to_owned()], capacity_bytes, segment_bytes, engine)
+    }
+
+    pub(crate) fn of(paths: Vec<PathBuf>, capacity_bytes: u64, segment_bytes: u64, engine: Engine) -> Self {
+        Self { paths, capacity_bytes, segment_bytes, engine, limits: Limits::default() }
     }
 }
 
@@ -151,7 +156,7 @@ pub(crate) fn start(
     let config = Config {
         directories: shape.paths.iter().map(directory).collect(),
         segment_bytes: shape.segment_bytes,
-        limits: Limits::default(),
+        limits: shape.limits,
         engine: shape.engine,
     };
     Tier::start(&config, memory, hooks, recovered)

@@ -125,7 +125,7 @@ fn make(scratch: &Scratch, run: u64, dice: &mut Dice) -> Outcome<Place> {
     let paths: Outcome<Vec<PathBuf>> =
         (0..directories).map(|number| scratch.sub(&format!("place-{run}-{number}"))).collect();
     let capacity_bytes = segment_bytes * (4 + dice.below(9));
-    let shape = Shape { paths: paths?, capacity_bytes, segment_bytes, engine: Engine::Auto };
+    let shape = Shape::of(paths?, capacity_bytes, segment_bytes, Engine::Auto);
     Ok(Place { shape, content: dice.roll(), offered: BTreeSet::new(), must: BTreeSet::new() })
 }
 

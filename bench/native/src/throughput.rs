@@ -9,8 +9,8 @@ use std::{
 };
 
 use pillion_ssd::{
-    format::checksum,
-    store::Action,
+    format::{Entry, checksum},
+    store::{Action, Limits},
     tier::{Engine, Tier},
 };
 
@@ -24,6 +24,8 @@ const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const SIZES: [u64; 4] = [256 * KIB, MIB, 2 * MIB, 8 * MIB];
 const DEPTHS: [u64; 4] = [1, 8, 32, 64];
+/// For all that is asked at once, and one more.
+const LANES: u64 = 2 * DEPTHS[3] + 1;
 /// What peers move, and what the tier holds for certain while it is read.
 const TOTAL: u64 = 1 << 30;
 const SEGMENT: u64 = 256 * MIB;
@@ -56,6 +58,25 @@ fn budget(load: &Load) -> Option<f64> {
     named.then_some(if load.way == Way::Read { 0.95 } else { 0.90 })
 }
 
+/// A depth is what the device has at once, ours as fio's: of reads, operations; of writes, which are gathered, bytes.
+fn limits(load: &Load) -> Limits {
+    let all = Limits::default();
+    match load.way {
+        Way::Read => Limits { depth: load.depth as usize, ..all },
+        Way::Write => {
+            let batch_bytes = all.batch_bytes.min(load.depth * load.bytes).max(load.bytes);
+            let batches = (load.depth * load.bytes / batch_bytes).max(1);
+            Limits { batch_bytes, batches_max: all.batches_max.min(batches as u32), ..all }
+        }
+    }
+}
+
+/// What is asked of the tier at once: the next one is there when the device is done with one, as with fio, while what
+/// came is proved.
+fn asked(load: &Load) -> u64 {
+    2 * load.depth
+}
+
 /// `only`: cases whose name has this in it.
 pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) -> Outcome<bool> {
     let effort = if quick {
@@ -82,9 +103,11 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) ->
         let mut ours = Ours::start(&place, bytes, Engine::Auto)?;
         for load in &loads {
             let with: &[&Peer] = if bytes == 2 * MIB && load.depth == 32 { &[&nixl, &foyer] } else { &[] };
+            ours = ours.again(limits(load))?;
             rows.extend(beside(&scratch.0, &mut ours, load, with, effort.runs)?);
         }
         if latencies_are_wanted {
+            ours = ours.again(Limits::default())?;
             rows.extend(latencies(&scratch.0, &mut ours, quick)?);
         }
         let engine = ours.engine;
@@ -104,6 +127,7 @@ fn threads(scratch: &Scratch, bytes: u64, effort: Effort) -> Outcome<Vec<Row>> {
     let mut rows = Vec::new();
     for way in [Way::Write, Way::Read] {
         let load = Load { way, bytes, depth: 32, seconds: effort.seconds, total: TOTAL };
+        ours = ours.again(limits(&load))?;
         for mut row in beside(&scratch.0, &mut ours, &load, &[], effort.runs)? {
             row.case += ", pread threads";
             // The budget is io_uring's: this is what there is where the kernel refuses it.
@@ -198,6 +222,7 @@ fn latencies(directory: &Path, ours: &mut Ours, quick: bool) -> Outcome<Vec<Row>
 
 /// A tier, full, with what it holds.
 struct Ours {
+    shape: Shape,
     tier: Tier,
     told: Receiver<(Action, Instant)>,
     pool: Pool,
@@ -213,34 +238,40 @@ struct Ours {
 
 impl Ours {
     fn start(place: &Path, bytes: u64, engine: Engine) -> Outcome<Self> {
-        let mut pool = Pool::new(bytes, DEPTHS[3] + 1)?;
-        for lane in 0..=DEPTHS[3] {
+        let mut pool = Pool::new(bytes, LANES)?;
+        for lane in 0..LANES {
             let extent = pool.lane(lane, bytes);
             fill(lane, pool.slice_mut(extent));
         }
-        let (hooks, told) = told();
-        let shape = Shape::one(place, CAPACITY, SEGMENT, engine);
-        let (tier, started) = start(&shape, &pool.memory, hooks, |_| ())?;
-        // The peers' memory is registered before their time begins.
-        let rings = || started.iter().filter_map(|how| how.registered.as_ref());
-        while rings().any(|it| it.bytes() < pool.memory.bytes() && it.refused().is_none()) {
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        let mut ours = Self {
-            tier,
-            told,
-            pool,
-            bytes,
-            engine: started[0].engine,
-            there: VecDeque::new(),
-            gone: HashSet::new(),
-            next: 0,
-            at: 0,
-        };
+        let mut ours = Self::open(Shape::one(place, CAPACITY, SEGMENT, engine), pool, bytes)?;
         // Once over everything: from then on each write goes where one was before, as in a cache that is in use.
         let load = Load { way: Way::Write, bytes, depth: 32, seconds: f64::INFINITY, total: CAPACITY };
         ours.moved(&load, CAPACITY + SEGMENT)?;
         Ok(ours)
+    }
+
+    fn open(shape: Shape, pool: Pool, bytes: u64) -> Outcome<Self> {
+        let (hooks, told) = told();
+        let mut found = Vec::new();
+        let each = |entry: &Entry| found.push((entry.sequence, number(&entry.meta.key)));
+        let (tier, started) = start(&shape, &pool.memory, hooks, each)?;
+        // The peers' memory is registered before their time begins.
+        let rings = || started.iter().filter_map(|how| how.registered.as_ref());
+        while rings().any(|it| it.bytes() < pool.memory.bytes() && it.refused().is_none()) {
+            sleep(Duration::from_millis(1));
+        }
+        found.sort_unstable();
+        let there: VecDeque<u64> = found.into_iter().map(|(_, number)| number).collect();
+        let next = there.back().map_or(0, |last| last + 1);
+        let (engine, gone) = (started[0].engine, HashSet::new());
+        Ok(Self { shape, tier, told, pool, bytes, engine, there, gone, next, at: 0 })
+    }
+
+    /// The same with other limits.
+    fn again(self, limits: Limits) -> Outcome<Self> {
+        let Self { shape, tier, pool, bytes, .. } = self;
+        drop(tier);
+        Self::open(Shape { limits, ..shape }, pool, bytes)
     }
 
     fn run(&mut self, load: &Load) -> Outcome<Sample> {
@@ -257,7 +288,7 @@ impl Ours {
     fn moved(&mut self, load: &Load, bytes_max: u64) -> Outcome<u64> {
         let (began, mut begun, mut ended) = (Instant::now(), 0, 0);
         let mut in_flight = 0;
-        for lane in 0..load.depth {
+        for lane in 0..asked(load) {
             self.begin(load.way, lane)?;
             (begun, in_flight) = (begun + self.bytes, in_flight + 1);
         }
@@ -329,7 +360,7 @@ impl Ours {
         let began = Instant::now();
         let is_over = || began.elapsed().as_secs_f64() > load.seconds;
         // The reader's lane is the last one: no writer has it.
-        let reader = DEPTHS[3];
+        let reader = LANES - 1;
         let mut times = Vec::new();
         (0..writes).try_for_each(|lane| self.begin(Way::Write, lane))?;
         self.begin(Way::Read, reader)?;

@@ -10,12 +10,19 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
+    time::Instant,
 };
 
 use crate::{
     device::{Part, Wake},
     format::{SECTOR, padded},
 };
+
+/// Pages are made so many bytes at a time: up to a few milliseconds, which a kernel without preemption gives to nobody
+/// else.
+const POPULATE_STEP: u64 = 2 << 20;
+/// And then nothing is done for so many times as long.
+const POPULATE_PAUSE: u32 = 4;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(4096))]
@@ -148,12 +155,13 @@ impl Memory {
         self.bytes
     }
 
-    /// Has every page made, step by step, on a thread of its own that steps back for all others: a first touch takes
-    /// far longer than a copy. `wake` is called after each step. Once for all who ask.
+    /// Has every page made, step by step, on a thread of its own: a first touch takes far longer than a copy. It leaves
+    /// most of a core's time to whoever computes meanwhile. `wake` is called whenever there are `each` bytes more, and
+    /// at the end. Once for all who ask.
     ///
     /// # Errors
     /// Where no thread can be had.
-    pub(crate) fn populate(self: &Arc<Self>, step: u64, wake: Arc<dyn Wake>) -> io::Result<()> {
+    pub(crate) fn populate(self: &Arc<Self>, each: u64, wake: Arc<dyn Wake>) -> io::Result<()> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(waiting) = &mut *waiting {
             waiting.push(wake);
@@ -161,9 +169,14 @@ impl Memory {
         }
         let memory = Arc::downgrade(self);
         let run = move || {
-            let own = rustix::thread::gettid();
-            let _ = rustix::process::setpriority_process(Some(own), 19);
-            while memory.upgrade().is_some_and(|memory| memory.populate_step(step)) {}
+            loop {
+                let began = Instant::now();
+                // Whoever drops the last other handle need not wait for the pause.
+                if !memory.upgrade().is_some_and(|memory| memory.populate_step(each)) {
+                    return;
+                }
+                thread::sleep(began.elapsed() * POPULATE_PAUSE);
+            }
         };
         thread::Builder::new().name("pillion-populate".into()).spawn(run)?;
         *waiting = Some(vec![wake]);
@@ -171,22 +184,25 @@ impl Memory {
     }
 
     /// Whether there is more to do.
-    fn populate_step(&self, step: u64) -> bool {
+    fn populate_step(&self, each: u64) -> bool {
         let from = self.populated();
-        let to = (from + step).min(self.bytes);
+        let to = (from + POPULATE_STEP).min(self.bytes);
         let (at, bytes) = (self.base.as_ptr().wrapping_add(from as usize), (to - from) as usize);
         // Only advice: before Linux 5.14, or without memory, whoever touches the page makes it, or fails.
         // SAFETY: inside the mapping, whose content stays as it is.
         let _ = unsafe { rustix::mm::madvise(at.cast(), bytes, rustix::mm::Advice::LinuxPopulateWrite) };
         self.populated.store(to, Ordering::Release);
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.iter().flatten().for_each(|one| one.wake());
-        if to < self.bytes {
+        let is_over = to == self.bytes;
+        if from / each == to / each && !is_over {
             return true;
         }
-        // Who asks from now on finds all of it.
-        *waiting = Some(Vec::new());
-        false
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.iter().flatten().for_each(|one| one.wake());
+        if is_over {
+            // Who asks from now on finds all of it.
+            *waiting = Some(Vec::new());
+        }
+        !is_over
     }
 
     /// From the start on, so many bytes have their pages.

@@ -190,7 +190,7 @@ impl Tier {
         let (calls, messages) = channel();
         let mut ports = Vec::new();
         for (shelf, (path, directory)) in directories.into_iter().enumerate() {
-            let port = Port::start(shelf, directory, Arc::clone(memory), config.engine, calls.clone());
+            let port = Port::start(shelf, directory, Arc::clone(memory), config, calls.clone());
             ports.push((port.map_err(|source| cannot_start(&path, source))?, path));
         }
         let started = await_recovery(&mut store, &messages, &mut ports, &mut recovered)?;
@@ -429,9 +429,10 @@ impl Port {
         shelf: usize,
         directory: Directory,
         memory: Arc<Memory>,
-        wanted: Engine,
+        config: &Config,
         tell: Sender<Message>,
     ) -> io::Result<Self> {
+        let (wanted, depth) = (config.engine, config.limits.depth);
         let (ops, queue) = channel();
         let run = move || {
             let (mut device, refused) = match engine(directory, &memory, wanted) {
@@ -452,7 +453,7 @@ impl Port {
                 report,
             };
             if tell.send(Message::Started(shelf, Ok((how, device.waker())))).is_ok() {
-                work(&mut *device, &queue, &tell);
+                work(&mut *device, depth, &queue, &tell);
             }
         };
         let thread = thread::Builder::new().name(format!("pillion-ssd-{shelf}")).spawn(run)?;
@@ -513,7 +514,9 @@ impl Places {
             || self.in_flight > others
             || self.read_at.is_some_and(|at| now.duration_since(at) < READS_PAUSE);
         let others_max = if is_reading { BESIDE_READS } else { self.depth.div_ceil(2) };
-        let owed = if self.others.is_empty() { 0 } else { BESIDE_READS.saturating_sub(others) };
+        // One place is left for reads, however few there are.
+        let beside = BESIDE_READS.min(self.depth - 1);
+        let owed = if self.others.is_empty() { 0 } else { beside.saturating_sub(others) };
         let read = self.reads.pop_front_if(|_| self.in_flight + owed < self.depth);
         let may = others < others_max && self.in_flight < self.depth;
         let op = read.or_else(|| self.others.pop_front_if(|_| may))?;
@@ -534,8 +537,8 @@ impl Places {
     }
 }
 
-fn work(device: &mut dyn Device, queue: &Receiver<Op>, tell: &Sender<Message>) {
-    let mut places = Places { depth: device.depth(), ..Places::default() };
+fn work(device: &mut dyn Device, depth: usize, queue: &Receiver<Op>, tell: &Sender<Message>) {
+    let mut places = Places { depth: device.depth().min(depth).max(1), ..Places::default() };
     let mut done = Vec::new();
     loop {
         let is_over = loop {

@@ -37,6 +37,8 @@ pub struct Limits {
     pub batch_bytes: u64,
     /// Writes in flight per directory.
     pub batches_max: u32,
+    /// Operations in flight per directory. An engine has a bound of its own, too.
+    pub depth: usize,
     /// I/O errors after which a directory takes no more writes.
     pub strikes_max: u32,
     /// A directory of so many segments opens the next one while one fills; one of fewer has none to spare for that.
@@ -50,6 +52,7 @@ impl Default for Limits {
             gets_max: 1024,
             batch_bytes: 4 << 20,
             batches_max: 8,
+            depth: 64,
             strikes_max: 3,
             ahead_segments_min: 8,
         }
