@@ -73,6 +73,7 @@ impl Tier {
             batches_max: 3,
             strikes_max: 3,
             ahead_segments_min: 4,
+            ..Limits::default()
         };
         let mut names = dice.fork(dice.clone().roll());
         let random = Box::new(move || {
