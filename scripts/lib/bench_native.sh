@@ -57,7 +57,7 @@ bench_native() {
     quiet bench-native "building bench/native" cargo build --release --locked -p pillion-bench
     local args=() commit word
     for word in "$@"; do
-        if [[ $word == --huge-pages ]]; then set_aside 1400; else args+=("$word"); fi
+        if [[ $word == --huge-pages ]]; then set_aside 1700; else args+=("$word"); fi
     done
     callers_paths args
     commit=$(git -C "$ROOT" rev-parse --short HEAD 2>/dev/null || echo unknown)

@@ -65,8 +65,10 @@ fn limits(load: &Load) -> Limits {
         Way::Read => Limits { depth: load.depth as usize, ..all },
         Way::Write => {
             let batch_bytes = all.batch_bytes.min(load.depth * load.bytes).max(load.bytes);
-            let batches = (load.depth * load.bytes / batch_bytes).max(1);
-            Limits { batch_bytes, batches_max: all.batches_max.min(batches as u32), ..all }
+            let batches = (load.depth * load.bytes / batch_bytes).max(1) as usize;
+            // Writes have half of the places.
+            let (batches_max, depth) = (all.batches_max.min(2 * batches as u32), all.depth.min(2 * batches));
+            Limits { batch_bytes, batches_max, depth, ..all }
         }
     }
 }
@@ -82,7 +84,7 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) ->
     let effort = if quick {
         Effort { runs: 3, seconds: 0.4, depths: &[1, 32], sizes: &[256 * KIB, 2 * MIB] }
     } else {
-        Effort { runs: 5, seconds: 1.0, depths: &DEPTHS, sizes: &SIZES }
+        Effort { runs: 7, seconds: 1.0, depths: &DEPTHS, sizes: &SIZES }
     };
     let scratch = Scratch::new(below, "bench")?;
     let machine = report::machine(&scratch.0);

@@ -539,7 +539,7 @@ impl Places {
 
 fn work(device: &mut dyn Device, depth: usize, queue: &Receiver<Op>, tell: &Sender<Message>) {
     let mut places = Places { depth: device.depth().min(depth).max(1), ..Places::default() };
-    let mut done = Vec::new();
+    let mut done: Vec<Completion> = Vec::new();
     loop {
         let is_over = loop {
             match queue.try_recv() {
@@ -549,20 +549,23 @@ fn work(device: &mut dyn Device, depth: usize, queue: &Receiver<Op>, tell: &Send
             }
         };
         let now = Instant::now();
+        done.iter().for_each(|one| places.ended(one.ticket, now));
         while let Some(op) = places.next(now) {
             device.submit(op);
+        }
+        if !done.is_empty() {
+            // The device first: it would rest while others are woken.
+            device.start();
+            if tell.send(Message::Done(std::mem::take(&mut done))).is_err() {
+                // Nobody listens: end what is in flight, take no more.
+                places.reads.clear();
+                places.others.clear();
+            }
         }
         if is_over && places.in_flight == 0 {
             return;
         }
         device.wait(None, &mut done);
-        let now = Instant::now();
-        done.iter().for_each(|one| places.ended(one.ticket, now));
-        if !done.is_empty() && tell.send(Message::Done(std::mem::take(&mut done))).is_err() {
-            // Nobody listens: end what is in flight, take no more.
-            places.reads.clear();
-            places.others.clear();
-        }
     }
 }
 

@@ -65,6 +65,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
         write(&cache, depth, bytes, (total / bytes) as u64, seconds).await?
     };
     let (took, cpu) = (began.elapsed().as_secs_f64(), cpu_seconds() - cpu_began);
+    if moved == 0 {
+        return Err("nothing was moved: `read` finds what `write` left in the same folder".into());
+    }
     println!("{{\"gbps\": {}, \"cpu_s_per_gb\": {}}}", moved as f64 / took / 1e9, cpu / (moved as f64 / 1e9));
     Ok(())
 }

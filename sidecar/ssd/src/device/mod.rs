@@ -174,8 +174,10 @@ pub trait Device {
     fn slots(&self) -> Vec<u32>;
     /// Operations that may be in flight at once. The caller keeps to it.
     fn depth(&self) -> usize;
-    /// Takes an operation. It starts with the next `wait` at the latest.
+    /// Takes an operation. It starts with the next `start` or `wait`, at the latest.
     fn submit(&mut self, op: Op);
+    /// Starts what was taken: whoever has other things to do before it waits.
+    fn start(&mut self) {}
     /// Waits for completions, at most so long; returns at once if there are some. Without operations in
     /// flight it waits for the time, or for `wake`.
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>);

@@ -484,12 +484,16 @@ impl Device for Uring {
         }
     }
 
+    fn start(&mut self) {
+        // What fails here fails again in `wait`.
+        let _ = self.ring.submit();
+    }
+
     fn wait(&mut self, timeout: Option<Duration>, done: &mut Vec<Completion>) {
         self.listen();
         done.append(&mut self.failed);
         let is_more = self.buffers.next(&self.memory).is_some_and(|next| {
-            // What has been submitted is on its way meanwhile.
-            let _ = self.ring.submit();
+            self.start();
             self.buffers.register(&self.ring, &self.memory, next);
             true
         });

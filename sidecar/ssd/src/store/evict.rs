@@ -33,9 +33,9 @@ impl Store {
         let mut room = self.shelves[shelf].block.segment_bytes / 2;
         let keys: Vec<RecordKey> = self.live_keys(shelf, victim).collect();
         for key in keys {
-            let Some(location) = self.index.get(&key).copied() else { continue };
+            let Some(location) = self.index.get(&key) else { continue };
             let bytes = padded(location.bytes) + OVERHEAD;
-            if bytes <= room && !self.shelves[shelf].read_only && keep(&key, self.read.contains(&key)) {
+            if bytes <= room && !self.shelves[shelf].read_only && keep(&key, self.index.was_read(&key)) {
                 room -= bytes;
                 self.shelves[shelf].relocate.push_back((key, location));
                 self.shelves[shelf].relocations += 1;
@@ -53,7 +53,7 @@ impl Store {
     pub(super) fn pump_relocations(&mut self, shelf: usize) {
         while self.shelves[shelf].relocation_reads == 0 {
             let Some((key, location)) = self.shelves[shelf].relocate.pop_front() else { return };
-            if self.index.get(&key) != Some(&location) {
+            if self.index.get(&key) != Some(location) {
                 self.relocated(location);
                 continue;
             }
@@ -131,7 +131,7 @@ impl Store {
         if segment.readers > 0 {
             return;
         }
-        segment.keys = Vec::new();
         segment.state = if segment.spoiled { State::Retired } else { State::Free };
+        self.index.clear(shelf, slot);
     }
 }

@@ -3,13 +3,14 @@
 //! Calls and completions go in, [`Action`]s come out: operations for the directories' devices, and outcomes.
 
 mod evict;
+mod index;
 mod segment;
 #[cfg(test)]
 mod tests;
 mod write;
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     sync::Arc,
 };
 
@@ -23,6 +24,7 @@ use crate::{
     memory::{Aligned, Extent, Memory},
 };
 
+use index::Index;
 use segment::{Segment, Shelf};
 pub use segment::{SegmentView, ShelfView, State};
 
@@ -235,9 +237,7 @@ pub struct Life<'a> {
 /// The store. See the module.
 pub struct Store {
     shelves: Vec<Shelf>,
-    index: HashMap<RecordKey, Location>,
-    /// Of these, what was read since it was written.
-    read: HashSet<RecordKey>,
+    index: Index,
     /// Keys that wait or are being written, each with its put's token.
     writing: HashMap<RecordKey, u64>,
     pending: HashMap<u64, (u16, u32, Pending)>,
@@ -270,8 +270,7 @@ impl Store {
     ) -> Self {
         Self {
             shelves: directories.iter().map(|(block, slots)| Shelf::new(*block, *slots)).collect(),
-            index: HashMap::new(),
-            read: HashSet::new(),
+            index: Index::new(directories.iter().map(|(_, slots)| *slots)),
             writing: HashMap::new(),
             pending: HashMap::new(),
             actions: VecDeque::new(),
@@ -297,14 +296,14 @@ impl Store {
         place.state = State::Sealed;
         (place.id, place.first_sequence, place.proved) = (id, first_sequence, proved);
         // A terabyte has half a million of them: no slack.
-        place.keys.reserve_exact(entries.len());
+        self.index.reserve(shelf, slot, entries.len());
         self.next_sequence = self.next_sequence.max(first_sequence);
         for entry in entries {
             self.next_sequence = self.next_sequence.max(entry.sequence + 1);
             let (position, bytes) = (entry.position, entry.meta.bytes);
             let location = Location { shelf: shelf as u16, slot, position, bytes, sequence: entry.sequence };
             // Of two records with one key one that is known to be whole counts, and then the later.
-            let known = self.index.get(&entry.meta.key).copied();
+            let known = self.index.get(&entry.meta.key);
             let known = known.map(|known| (self.segment(known).proved, known.sequence));
             if known < Some((proved, entry.sequence)) {
                 self.place(entry.meta.key, location);
@@ -321,7 +320,7 @@ impl Store {
 
     /// Whether the record can be got.
     pub fn contains(&self, key: &RecordKey) -> bool {
-        self.index.contains_key(key)
+        self.index.contains(key)
     }
 
     /// The length of a record's payload.
@@ -336,7 +335,7 @@ impl Store {
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.index.is_empty()
+        self.index.len() == 0
     }
 
     /// Counts since the start.
@@ -376,7 +375,7 @@ impl Store {
         if self.writing.len() + self.acks >= self.limits.puts_max {
             return Err(PutError::Busy);
         }
-        let there = self.index.get(&meta.key).copied();
+        let there = self.index.get(&meta.key);
         if let Some(location) = there.filter(|there| self.segment(*there).proved) {
             // Nothing is written twice, unless nobody knows whether it is there.
             self.stored_already(token, meta.key, location, durable);
@@ -424,7 +423,7 @@ impl Store {
     /// # Errors
     /// Why it was not begun; no action follows.
     pub fn get(&mut self, token: u64, key: RecordKey, extent: Extent) -> Result<(), GetError> {
-        let location = *self.index.get(&key).ok_or(GetError::Missing)?;
+        let location = self.index.get(&key).ok_or(GetError::Missing)?;
         if extent.bytes != location.bytes || !self.memory.holds(extent.padded()) {
             return Err(GetError::Extent { expected: location.bytes });
         }
@@ -464,14 +463,12 @@ impl Store {
         self.displace(&key);
         self.index.insert(key, location);
         let segment = self.segment(location);
-        segment.keys.push((key, location.position));
         segment.live += 1;
         segment.live_bytes += location.bytes;
     }
 
     fn displace(&mut self, key: &RecordKey) -> Option<Location> {
         let location = self.index.remove(key)?;
-        self.read.remove(key);
         let segment = self.segment(location);
         segment.live -= 1;
         segment.live_bytes -= location.bytes;
@@ -539,9 +536,7 @@ impl Store {
         match proved {
             Ok(checksum) => {
                 self.counters.loaded += 1;
-                if self.index.contains_key(&key) {
-                    self.read.insert(key);
-                }
+                self.index.mark_read(&key);
                 self.actions.push_back(Action::Loaded { token, key, checksum });
             }
             Err(error) => {
@@ -586,10 +581,7 @@ impl Store {
 
     /// Live records of a segment.
     pub fn live_keys(&self, shelf: usize, slot: u32) -> impl Iterator<Item = RecordKey> + '_ {
-        let keys = self.shelves[shelf].segments.get(slot as usize).map_or(&[][..], |segment| &segment.keys);
-        keys.iter()
-            .filter(move |(key, position)| self.lies_at(key, shelf, slot, *position))
-            .map(|(key, _)| *key)
+        self.index.keys_in(shelf, slot)
     }
 
     fn lies_at(&self, key: &RecordKey, shelf: usize, slot: u32, position: u64) -> bool {

@@ -85,8 +85,6 @@ pub struct ShelfView {
 pub(super) struct Segment {
     pub(super) state: State,
     pub(super) id: SegmentId,
-    /// All records ever placed here in this life; which of them live, the index says.
-    pub(super) keys: Vec<(RecordKey, u64)>,
     pub(super) live: u32,
     pub(super) live_bytes: u64,
     pub(super) first_sequence: u64,
@@ -160,7 +158,6 @@ impl Shelf {
         let segment = || Segment {
             state: State::Absent,
             id: SegmentId([0; 16]),
-            keys: Vec::new(),
             live: 0,
             live_bytes: 0,
             first_sequence: 0,
@@ -334,8 +331,8 @@ impl Store {
                 let segment = self.at(shelf, slot);
                 // Who came while the footer was synced: the records were synced before it.
                 let waiting = segment.writer.take().map(|writer| writer.waiting).unwrap_or_default();
-                segment.keys.shrink_to_fit();
                 segment.state = if segment.spoiled { State::Retired } else { State::Sealed };
+                self.index.shrink(shelf, slot);
                 waiting.into_iter().for_each(|ack| self.acked(ack));
             }
         }
@@ -354,7 +351,7 @@ impl Store {
             }
             Owner::Relocation(from) => {
                 // It may have been removed, or found corrupt, while it was copied.
-                let still = self.index.get(&ack.key) == Some(&from);
+                let still = self.index.get(&ack.key) == Some(from);
                 if let Some(location) = ack.place.filter(|_| still) {
                     self.place(ack.key, location);
                 }

@@ -170,7 +170,7 @@ impl Store {
                 self.counters.stored += 1;
                 // What is there is a copy that nobody vouches for, and it may be a durable one: it counts until
                 // this one is durable for certain.
-                self.index.contains_key(&key)
+                self.index.contains(&key)
             }
             // The old copy counts, and its segment is not written again, until this one is durable.
             Owner::Relocation(_) => {

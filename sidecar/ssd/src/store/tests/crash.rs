@@ -114,7 +114,7 @@ fn lost_and_reordered_sectors_are_found() {
         disk.lock().unwrap().crash(Crash::Subset(seed));
         let damaged: Vec<u64> = (1..5)
             .filter(|n| {
-                let at = world.store.index[&key(*n)];
+                let at = world.store.index.get(&key(*n)).unwrap();
                 let range =
                     at.position as usize..(at.position + meta(*n).footprint() - SECTOR as u64) as usize;
                 disk.lock().unwrap().bytes(0)[range.clone()] != whole[range]
@@ -137,7 +137,7 @@ fn a_copy_that_lost_its_payload_does_not_hide_the_older_whole_one() {
     let mut world = World::on(&disk, 1);
     world.hot = [0].into();
     (0..6).for_each(|n| world.save(n, true));
-    let from = world.store.index[&key(0)];
+    let from = world.store.index.get(&key(0)).unwrap();
     // Written again to make room, and the power goes before the sync.
     world.store.evict(0, Some(from.slot), |key, _| number(key) == 0);
     let to = loop {
@@ -155,7 +155,11 @@ fn a_copy_that_lost_its_payload_does_not_hide_the_older_whole_one() {
         world.device.wait(None, &mut done);
         done.into_iter().for_each(|completion| world.store.completed(completion));
     };
-    assert_eq!(world.store.index[&key(0)], from, "the old copy counts until the new one is durable");
+    assert_eq!(
+        world.store.index.get(&key(0)).unwrap(),
+        from,
+        "the old copy counts until the new one is durable"
+    );
     let payload = to.position as usize + SECTOR;
     disk.lock().unwrap().tamper(to.slot, |file| file[payload..payload + 512].fill(0));
     let mut again = World::on(&disk, 2);
@@ -188,7 +192,7 @@ fn a_copy_that_nobody_vouches_for_counts_until_the_next_one_is_durable() {
     first.store.close();
     first.drive();
     let mut world = World::on(&disk, 2);
-    let old = world.store.index[&key(0)].slot;
+    let old = world.store.index.get(&key(0)).unwrap().slot;
     world.store.shelves[0].segments[old as usize].proved = false;
     world.save(0, false);
     world.store.evict(0, None, |_, _| false);

@@ -92,7 +92,7 @@ fn a_record_that_cannot_be_read_is_dropped_and_its_segment_not_written_again() {
     let disk = Disk::new(SEGMENT);
     let mut world = World::on(&disk, 1);
     (0..12).for_each(|n| world.save(n, true));
-    let slot = world.store.index[&key(0)].slot;
+    let slot = world.store.index.get(&key(0)).unwrap().slot;
     disk.lock().unwrap().broken = Some((What::Read, BAD_MEDIUM));
     assert!(!world.load(0));
     disk.lock().unwrap().broken = None;
@@ -130,7 +130,8 @@ fn swapped_files_serve_nothing() {
     let b = disk.lock().unwrap().bytes(1).to_vec();
     disk.lock().unwrap().tamper(0, |file| file.copy_from_slice(&b));
     disk.lock().unwrap().tamper(1, |file| file.copy_from_slice(&a));
-    let swapped: Vec<u64> = (0..12).filter(|n| [0, 1].contains(&world.store.index[&key(*n)].slot)).collect();
+    let swapped: Vec<u64> =
+        (0..12).filter(|n| [0, 1].contains(&world.store.index.get(&key(*n)).unwrap().slot)).collect();
     for n in swapped {
         assert!(!world.load(n));
         assert!(matches!(
@@ -153,7 +154,7 @@ fn every_flipped_bit_that_is_read_is_found() {
     let (mut injected, mut found) = (0, 0);
     let mut dice = Dice::new(11);
     for n in 0..4 {
-        let at = world.store.index[&key(n)];
+        let at = world.store.index.get(&key(n)).unwrap();
         // Bits of header and payload; the exhaustive test of headers is the format's.
         for _ in 0..150 {
             let bit = dice.below((SECTOR as u64 + at.bytes) * 8);
@@ -191,8 +192,8 @@ fn a_durable_record_outlives_an_error_while_it_is_kept_and_the_loss_of_power() {
     let disk = Disk::new(SEGMENT);
     let mut world = World::on(&disk, 1);
     (0..6).for_each(|n| world.save(n, true));
-    let from = world.store.index[&key(0)].slot;
-    assert_eq!(from, world.store.index[&key(1)].slot);
+    let from = world.store.index.get(&key(0)).unwrap().slot;
+    assert_eq!(from, world.store.index.get(&key(1)).unwrap().slot);
     // A sync of the open segment takes its time; meanwhile one copy is written there, and the next one fails.
     world.put(6, true).unwrap();
     assert_eq!(world.drive_but(|op| op.what == What::Sync).len(), 1);
@@ -222,7 +223,7 @@ fn a_sync_that_fails_while_room_is_made_loses_nothing_that_was_durable() {
     let disk = Disk::new(SEGMENT);
     let mut world = World::on(&disk, 1);
     (0..6).for_each(|n| world.save(n, true));
-    let from = world.store.index[&key(0)].slot;
+    let from = world.store.index.get(&key(0)).unwrap().slot;
     world.store.evict(0, Some(from), |key, _| number(key) < 2).unwrap();
     let mut held = world.drive_but(|op| op.what == What::Sync);
     assert_eq!(held.len(), 1);

@@ -273,7 +273,7 @@ impl World {
         let live: u32 = shelf.segments.iter().map(|segment| segment.live).sum();
         assert_eq!(live as usize, self.store.len());
         let bytes: u64 = shelf.segments.iter().map(|segment| segment.live_bytes).sum();
-        assert_eq!(bytes, self.store.index.values().map(|at| at.bytes).sum::<u64>());
+        assert_eq!(bytes, self.store.index.iter().map(|(_, at)| at.bytes).sum::<u64>());
         for segment in shelf.segments.iter().filter(|segment| segment.state == State::Free) {
             assert_eq!((segment.live, segment.readers, segment.relocating), (0, 0, 0));
         }
@@ -281,7 +281,7 @@ impl World {
 
     /// Everything that the index has is got; what is got is right, what is not is dropped.
     fn load_all(&mut self) -> usize {
-        let keys: Vec<u64> = self.store.index.keys().map(number).collect();
+        let keys: Vec<u64> = self.store.index.iter().map(|(key, _)| number(&key)).collect();
         keys.into_iter().filter(|n| self.load(*n)).count()
     }
 }
