@@ -65,10 +65,8 @@ fn limits(load: &Load) -> Limits {
         Way::Read => Limits { depth: load.depth as usize, ..all },
         Way::Write => {
             let batch_bytes = all.batch_bytes.min(load.depth * load.bytes).max(load.bytes);
-            let batches = (load.depth * load.bytes / batch_bytes).max(1) as usize;
-            // Writes have half of the places.
-            let (batches_max, depth) = (all.batches_max.min(2 * batches as u32), all.depth.min(2 * batches));
-            Limits { batch_bytes, batches_max, depth, ..all }
+            let batches = (load.depth * load.bytes / batch_bytes).max(1);
+            Limits { batch_bytes, batches_max: all.batches_max.min(batches as u32), ..all }
         }
     }
 }
