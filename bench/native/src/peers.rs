@@ -44,7 +44,8 @@ pub(crate) struct Load {
 const PEER_SECONDS_MAX: &str = "120";
 
 fn output(command: &Command) -> Outcome<Value> {
-    let name = command.get_program().to_string_lossy().into_owned();
+    let name =
+        Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut bounded = Command::new("timeout");
     bounded.arg(PEER_SECONDS_MAX).arg(command.get_program()).args(command.get_args());
     let output = bounded.output().map_err(|error| format!("{name}: {error}"))?;
