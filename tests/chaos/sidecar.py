@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -134,6 +135,12 @@ class Sidecar:
     def try_status(self) -> dict[str, Any] | None:
         done = self.command("status", "--json")
         return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def metrics(self) -> str:
+        """As Prometheus gets them, of one that was started with `http`."""
+        address = self.status()["sidecar"]["http"]
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
+            return str(answer.read().decode())
 
     def status(self) -> dict[str, Any]:
         done = self.command("status", "--json")

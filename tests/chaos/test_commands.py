@@ -184,13 +184,8 @@ def test_http_shows_health_and_metrics_and_no_status(world: World) -> None:
     for path in ("healthz", "readyz"):
         with urllib.request.urlopen(f"http://{address}/{path}", timeout=5) as answer:
             assert answer.status == 200
-
-    def metrics() -> str:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as answer:
-            return str(answer.read().decode())
-
-    until(lambda: "pillion_" in metrics(), "metrics")
-    text = metrics()
+    until(lambda: "pillion_" in sidecar.metrics(), "metrics")
+    text = sidecar.metrics()
     assert engine.name not in text and chain("a", 1)[0].hex() not in text
 
 

@@ -32,7 +32,7 @@ def limited(world: World, *wrapper: str, **flags: str) -> Sidecar:
 
 
 def test_where_io_uring_is_refused_threads_do_the_same(world: World, tmp_path: Path) -> None:
-    flags = {"ssd": f"{tmp_path / 'ssd'}=64MiB", "ssd_segment": "1MiB"}
+    flags = {"ssd": f"{tmp_path / 'ssd'}=64MiB", "ssd_segment": "1MiB", "http": "127.0.0.1:19470"}
     sidecar = limited(world, *NO_IO_URING, **flags).start()
     engine = world.engine(sidecar)
     prompt = chain("a", 30)
@@ -40,6 +40,7 @@ def test_where_io_uring_is_refused_threads_do_the_same(world: World, tmp_path: P
     await_written(sidecar, 30)
     (directory,) = ssd(sidecar)["directories"]
     assert directory["engine"] == "threads" and "io_uring is refused" in directory["refused"]
+    assert 'pillion_ssd_directories{engine="threads"} 1' in sidecar.metrics()
     before = engine.attaches()
     kill(sidecar)
     sidecar.start()
@@ -52,14 +53,20 @@ def test_with_little_memory_to_lock_io_uring_goes_without_registered_buffers(
     world: World, tmp_path: Path
 ) -> None:
     less = ("setpriv", "--bounding-set=-ipc_lock", "prlimit", "--memlock=1048576:1048576")
-    sidecar = limited(world, *less, ssd=f"{tmp_path / 'ssd'}=64MiB", ssd_segment="1MiB").start()
+    flags = {"ssd": f"{tmp_path / 'ssd'}=64MiB", "ssd_segment": "1MiB", "http": "127.0.0.1:19470"}
+    sidecar = limited(world, *less, **flags).start()
     engine = world.engine(sidecar)
     prompt = chain("a", 30)
     engine.must_save(prompt)
     await_written(sidecar, 30)
+    # It is tried when the pool's first pages are there.
+    until(lambda: ssd(sidecar)["directories"][0]["refused"], "the kernel to refuse them")
     (directory,) = ssd(sidecar)["directories"]
     assert directory["engine"] == "io_uring"
     assert "0 MiB of the pool as registered buffers, not more: Cannot allocate" in directory["refused"]
+    metrics = sidecar.metrics()
+    assert 'pillion_ssd_directories{engine="io_uring"} 1' in metrics
+    assert "\npillion_ssd_registered_bytes 0\n" in metrics
     before = engine.attaches()
     kill(sidecar)
     sidecar.start()
