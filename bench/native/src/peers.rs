@@ -95,8 +95,12 @@ fn number(value: &Value, pointer: &str) -> Outcome<f64> {
         .ok_or_else(|| format!("fio's JSON has no {pointer}"))?)
 }
 
-pub(crate) fn fio(directory: &Path, load: &Load, huge_pages: bool) -> Outcome<Sample> {
+/// `sync_every`: so many writes are followed by an `fdatasync`; 0: none.
+pub(crate) fn fio(directory: &Path, load: &Load, huge_pages: bool, sync_every: u64) -> Outcome<Sample> {
     let mut command = fio_command(directory, load, huge_pages);
+    if sync_every > 0 {
+        command.arg(format!("--fdatasync={sync_every}"));
+    }
     command
         .arg("--name=case")
         .arg(format!("--rw={}", load.way.name()))

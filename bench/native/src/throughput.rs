@@ -29,6 +29,8 @@ const LANES: u64 = 2 * DEPTHS[3] + 1;
 /// What peers move, and what the tier holds for certain while it is read.
 const TOTAL: u64 = 1 << 30;
 const SEGMENT: u64 = 256 * MIB;
+/// After its header, its records, its footer.
+const SYNCS_OF_A_SEGMENT: u64 = 3;
 const CAPACITY: u64 = 8 * SEGMENT;
 const LATENCIES: &str = "p99 of a 2 MiB read while writes saturate";
 const END: Duration = Duration::from_secs(60);
@@ -72,8 +74,8 @@ fn limits(load: &Load) -> Limits {
 }
 
 /// What is asked of the tier at once, so that the device has its next one when it is done with one, as with fio: while
-/// what was read is proved, and until what is to be written is gathered. Few more reads: with the memory that they use,
-/// the time grows that a virtual disk's host takes to copy.
+/// what was read is proved, and until what is to be written is gathered. Few more reads: with the memory that is used,
+/// the time grows that a virtual disk's host takes to copy. What is written is as many buffers as fio has.
 fn asked(load: &Load) -> u64 {
     match load.way {
         Way::Read => load.depth + 2.max(load.depth / 8),
@@ -153,7 +155,9 @@ fn beside(
     runs: usize,
 ) -> Outcome<Vec<Row>> {
     eprintln!("    {} ({})", case(load), ours.engine);
-    let (mut fio, mut theirs) = (Vec::new(), vec![Vec::new(); others.len()]);
+    let (mut fio, mut syncing) = (Vec::new(), Vec::new());
+    let mut theirs = vec![Vec::new(); others.len()];
+    let syncs = load.way == Way::Write && load.bytes == 2 * MIB;
     let mut refused = vec![None; others.len()];
     for _ in 0..runs {
         sleep(REST);
@@ -161,7 +165,14 @@ fn beside(
         sleep(REST);
         // It goes over as much of the disk as we do: what a host keeps in memory behind a virtual disk is the same share.
         let total = if load.way == Way::Write { CAPACITY } else { load.total };
-        fio.push((mine, peers::fio(directory, &Load { total, ..*load }, ours.pool.has_huge_pages)?));
+        let load_of_fio = Load { total, ..*load };
+        let has_huge_pages = ours.pool.has_huge_pages;
+        fio.push((mine, peers::fio(directory, &load_of_fio, has_huge_pages, 0)?));
+        if syncs {
+            sleep(REST);
+            let every = SEGMENT / load.bytes / SYNCS_OF_A_SEGMENT;
+            syncing.push((mine, peers::fio(directory, &load_of_fio, has_huge_pages, every)?));
+        }
         for (number, peer) in others.iter().enumerate() {
             if refused[number].is_some() {
                 continue;
@@ -186,6 +197,10 @@ fn beside(
         Row::of("P9", name.clone(), "fio", "GB/s", Better::More, budget(load), &speed(&fio)),
         Row::of("P9", format!("{name}, CPU"), "fio", "s/GB", Better::Less, None, &cpu(&fio)),
     ];
+    if syncs {
+        let peer = "fio, syncing as often";
+        rows.push(Row::of("P9", name.clone(), peer, "GB/s", Better::More, None, &speed(&syncing)));
+    }
     for (number, peer) in others.iter().enumerate() {
         if let Some(why) = &refused[number] {
             rows.push(Row::without("P9", name.clone(), peer.name, why));
@@ -293,7 +308,7 @@ impl Ours {
         let (began, mut begun, mut ended) = (Instant::now(), 0, 0);
         let mut in_flight = 0;
         for lane in 0..asked(load) {
-            self.begin(load.way, lane)?;
+            self.begin(load, lane)?;
             (begun, in_flight) = (begun + self.bytes, in_flight + 1);
         }
         while in_flight > 0 {
@@ -301,17 +316,18 @@ impl Ours {
             let Some((_, lane)) = self.ended(action)? else { continue };
             (ended, in_flight) = (ended + self.bytes, in_flight - 1);
             if began.elapsed().as_secs_f64() < load.seconds && begun < bytes_max {
-                self.begin(load.way, lane)?;
+                self.begin(load, lane)?;
                 (begun, in_flight) = (begun + self.bytes, in_flight + 1);
             }
         }
         Ok(ended)
     }
 
-    fn begin(&mut self, way: Way, lane: u64) -> Outcome<()> {
-        let extent = self.pool.lane(lane, self.bytes);
-        match way {
+    fn begin(&mut self, load: &Load, lane: u64) -> Outcome<()> {
+        match load.way {
             Way::Write => {
+                // Nobody writes into it: two puts may have one.
+                let extent = self.pool.lane(lane % load.depth, self.bytes);
                 // As in the product: the checksum is computed when the block is copied, for each record.
                 let sum = checksum(self.pool.slice(extent));
                 self.tier.put(lane, meta(self.next, self.bytes, sum), extent, false)?;
@@ -319,7 +335,7 @@ impl Ours {
             }
             Way::Read => {
                 let wanted = self.readable()?;
-                self.tier.get(lane, key(wanted), extent)?;
+                self.tier.get(lane, key(wanted), self.pool.lane(lane, self.bytes))?;
             }
         }
         Ok(())
@@ -365,9 +381,10 @@ impl Ours {
         let is_over = || began.elapsed().as_secs_f64() > load.seconds;
         // The reader's lane is the last one: no writer has it.
         let reader = LANES - 1;
+        let writing = Load { way: Way::Write, depth: writes, ..*load };
         let mut times = Vec::new();
-        (0..writes).try_for_each(|lane| self.begin(Way::Write, lane))?;
-        self.begin(Way::Read, reader)?;
+        (0..writes).try_for_each(|lane| self.begin(&writing, lane))?;
+        self.begin(load, reader)?;
         let (mut in_flight, mut asked) = (writes + 1, Instant::now());
         while in_flight > 0 {
             let (action, at) = self.told.recv_timeout(END)?;
@@ -380,7 +397,7 @@ impl Ours {
                 if way == Way::Read {
                     asked = Instant::now();
                 }
-                self.begin(way, lane)?;
+                self.begin(if way == Way::Read { load } else { &writing }, lane)?;
                 in_flight += 1;
             }
         }

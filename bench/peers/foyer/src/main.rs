@@ -46,8 +46,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
         // It drops what comes while more is queued; the load below never queues more than its depth.
         .with_submit_queue_size_threshold(2 * depth * bytes + (64 << 20));
     let cache: Cache = HybridCacheBuilder::new()
-        // Of the read records none is met again in memory.
-        .memory(16 << 20)
+        // What is being read fits, twice; none of it is met again in memory.
+        .memory((2 * depth * bytes).max(16 << 20))
         .with_shards(1)
         .with_weighter(|_, value: &Vec<u8>| value.len())
         .storage()
