@@ -88,7 +88,7 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) ->
     let effort = if quick {
         Effort { runs: 3, seconds: 0.4, depths: &[1, 32], sizes: &[256 * KIB, 2 * MIB] }
     } else {
-        Effort { runs: 7, seconds: 1.0, depths: &DEPTHS, sizes: &SIZES }
+        Effort { runs: 5, seconds: 1.0, depths: &DEPTHS, sizes: &SIZES }
     };
     let scratch = Scratch::new(below, "bench")?;
     let machine = report::machine(&scratch.0);
