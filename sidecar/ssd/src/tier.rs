@@ -550,12 +550,16 @@ fn work(device: &mut dyn Device, depth: usize, queue: &Receiver<Op>, tell: &Send
         };
         let now = Instant::now();
         done.iter().for_each(|one| places.ended(one.ticket, now));
+        let mut has_more = false;
         while let Some(op) = places.next(now) {
             device.submit(op);
+            has_more = true;
         }
         if !done.is_empty() {
             // The device first: it would rest while others are woken.
-            device.start();
+            if has_more {
+                device.start();
+            }
             if tell.send(Message::Done(std::mem::take(&mut done))).is_err() {
                 // Nobody listens: end what is in flight, take no more.
                 places.reads.clear();
