@@ -15,7 +15,7 @@ import pytest
 from chaos import wire
 from chaos.campaigns import Victims, recovers
 from chaos.conftest import World
-from chaos.engine import Shape, Traffic, chain
+from chaos.engine import FakeEngine, Shape, Traffic, chain
 from chaos.fake_device import built
 from chaos.sidecar import Sidecar, ended, until
 from chaos.test_ssd import await_written, kill, ssd
@@ -31,16 +31,19 @@ def limited(world: World, *wrapper: str, **flags: str) -> Sidecar:
     return sidecar
 
 
-def test_where_io_uring_is_refused_threads_do_the_same(world: World, tmp_path: Path) -> None:
-    flags = {"ssd": f"{tmp_path / 'ssd'}=64MiB", "ssd_segment": "1MiB", "http": "127.0.0.1:19470"}
-    sidecar = limited(world, *NO_IO_URING, **flags).start()
+def written(world: World, place: Path, *wrapper: str) -> tuple[Sidecar, FakeEngine, list[bytes]]:
+    """A limited sidecar with an SSD, its engine, and a prompt of 30 blocks that is on that SSD."""
+    flags = {"ssd": f"{place / 'ssd'}=64MiB", "ssd_segment": "1MiB", "http": "127.0.0.1:19470"}
+    sidecar = limited(world, *wrapper, **flags).start()
     engine = world.engine(sidecar)
     prompt = chain("a", 30)
     engine.must_save(prompt)
     await_written(sidecar, 30)
-    (directory,) = ssd(sidecar)["directories"]
-    assert directory["engine"] == "threads" and "io_uring is refused" in directory["refused"]
-    assert 'pillion_ssd_directories{engine="threads"} 1' in sidecar.metrics()
+    return sidecar, engine, prompt
+
+
+def comes_back(sidecar: Sidecar, engine: FakeEngine, prompt: list[bytes]) -> None:
+    """After the sidecar was killed, all of it, from the SSD."""
     before = engine.attaches()
     kill(sidecar)
     sidecar.start()
@@ -49,16 +52,19 @@ def test_where_io_uring_is_refused_threads_do_the_same(world: World, tmp_path: P
     assert ssd(sidecar)["blocks_read"] == 30
 
 
+def test_where_io_uring_is_refused_threads_do_the_same(world: World, tmp_path: Path) -> None:
+    sidecar, engine, prompt = written(world, tmp_path, *NO_IO_URING)
+    (directory,) = ssd(sidecar)["directories"]
+    assert directory["engine"] == "threads" and "io_uring is refused" in directory["refused"]
+    assert 'pillion_ssd_directories{engine="threads"} 1' in sidecar.metrics()
+    comes_back(sidecar, engine, prompt)
+
+
 def test_with_little_memory_to_lock_io_uring_goes_without_registered_buffers(
     world: World, tmp_path: Path
 ) -> None:
     less = ("setpriv", "--bounding-set=-ipc_lock", "prlimit", "--memlock=1048576:1048576")
-    flags = {"ssd": f"{tmp_path / 'ssd'}=64MiB", "ssd_segment": "1MiB", "http": "127.0.0.1:19470"}
-    sidecar = limited(world, *less, **flags).start()
-    engine = world.engine(sidecar)
-    prompt = chain("a", 30)
-    engine.must_save(prompt)
-    await_written(sidecar, 30)
+    sidecar, engine, prompt = written(world, tmp_path, *less)
     # It is tried when the pool's first pages are there.
     until(lambda: ssd(sidecar)["directories"][0]["refused"], "the kernel to refuse them")
     (directory,) = ssd(sidecar)["directories"]
@@ -67,12 +73,7 @@ def test_with_little_memory_to_lock_io_uring_goes_without_registered_buffers(
     metrics = sidecar.metrics()
     assert 'pillion_ssd_directories{engine="io_uring"} 1' in metrics
     assert "\npillion_ssd_registered_bytes 0\n" in metrics
-    before = engine.attaches()
-    kill(sidecar)
-    sidecar.start()
-    engine.await_again(before)
-    assert len(engine.must_load(prompt).hashes) == 30
-    assert ssd(sidecar)["blocks_read"] == 30
+    comes_back(sidecar, engine, prompt)
 
 
 def test_one_that_must_have_io_uring_says_why_it_does_not_start(world: World, tmp_path: Path) -> None:

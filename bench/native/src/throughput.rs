@@ -277,8 +277,7 @@ impl Ours {
         let each = |entry: &Entry| found.push((entry.sequence, number(&entry.meta.key)));
         let (tier, started) = start(&shape, &pool.memory, hooks, each)?;
         // The peers' memory is registered before their time begins.
-        let rings = || started.iter().filter_map(|how| how.registered.as_ref());
-        while rings().any(|it| it.bytes() < pool.memory.bytes() && it.refused().is_none()) {
+        while started.iter().any(|how| how.is_registering(pool.memory.bytes())) {
             sleep(Duration::from_millis(1));
         }
         found.sort_unstable();

@@ -81,6 +81,11 @@ pub struct Started {
 }
 
 impl Started {
+    /// Whether more of a pool of this length will be registered than is now.
+    pub fn is_registering(&self, pool_bytes: u64) -> bool {
+        self.registered.as_ref().is_some_and(|it| it.bytes() < pool_bytes && it.refused().is_none())
+    }
+
     /// What of io_uring is not had, and why, as far as that is known by now.
     pub fn shortfall(&self) -> Option<String> {
         let unregistered = || {

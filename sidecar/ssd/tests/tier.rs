@@ -129,9 +129,8 @@ impl Run {
 
     /// Until the pool is registered with every ring: before it, memory is given to the kernel by its address.
     fn await_registered(&self) {
-        let rings = || self.started.iter().filter_map(|how| how.registered.as_ref());
         let until = Instant::now() + Duration::from_secs(20);
-        while rings().any(|it| it.bytes() < LANE * LANES && it.refused().is_none()) {
+        while self.started.iter().any(|how| how.is_registering(LANE * LANES)) {
             assert!(Instant::now() < until, "{:?}", self.started);
             thread::sleep(Duration::from_millis(1));
         }

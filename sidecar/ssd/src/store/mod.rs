@@ -549,10 +549,7 @@ impl Store {
 
     /// A record that cannot be read is dropped; a segment that cannot be read is not written again.
     fn bad_read(&mut self, shelf: usize, slot: u32, asked: &Asked, error: GetError) {
-        let there = self.index.get(&asked.key);
-        let same = there.is_some_and(|at| {
-            usize::from(at.shelf) == shelf && at.slot == slot && at.position == asked.position
-        });
+        let same = self.lies_at(&asked.key, shelf, slot, asked.position);
         if let GetError::Io(error) = error {
             if error.is_no_space() {
                 return;
