@@ -117,10 +117,11 @@ impl Core {
         key: &BlockKey,
         record: Option<RecordId>,
     ) {
-        let room = self.limits.pinned_bytes_max.saturating_sub(self.store.pinned_bytes + self.wait_bytes);
-        let found = record.and_then(|id| self.store.get(id));
-        let free = found.filter(|record| !record.is_pinned() && !record.is_foreign());
-        let fits = free.is_none_or(|record| record.bytes <= room);
+        let planned = self.store.pinned_bytes + self.wait_bytes;
+        let own = record.and_then(|id| self.store.get(id)).filter(|record| !record.is_foreign());
+        // One that is pinned may be so by a write to the SSD only, which ends before the lease does.
+        let more = own.map(|record| if record.is_pinned() { 0 } else { record.bytes });
+        let fits = more.is_none_or(|more| planned + more <= self.limits.pinned_bytes_max);
         // Its wait may have been answered, or have given up this part of its run.
         let Some(wait) = self.waits.get_mut(&id) else { return };
         let (wanted, bytes, fits) = match wait.runs[run].slots.get(slot) {

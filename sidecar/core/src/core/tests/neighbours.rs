@@ -270,6 +270,24 @@ fn what_is_saved_here_while_a_lease_waits_for_neighbours_is_pinned_as_far_as_it_
 }
 
 #[test]
+fn what_the_ssd_pins_while_a_lease_waits_for_neighbours_does_not_widen_what_leases_may_pin() {
+    let mut node =
+        Node::of(vec![Rig::new(16), Rig::with(16, Some(super::ssd::limits(CacheMode::WriteBack)))]);
+    let engine = node.rigs[1].engine("e", &tenant(1), "m");
+    node.rigs[1].core.limits.pinned_bytes_max = 2 * RECORD;
+    node.slow = true;
+    node.lease(1, &engine, 0..4);
+    node.rigs[1].save(&engine, None, 0..4);
+    node.rigs[1].copied();
+    assert_eq!(node.rigs[1].core.counters().pinned_bytes, 4 * RECORD, "by writes to the SSD");
+    node.slow = false;
+    node.settle();
+    node.rigs[1].put_all();
+    assert!(node.rigs[1].core.counters().pinned_bytes <= 2 * RECORD);
+    assert_eq!(node.lease(1, &engine, 0..4).1, 2, "what it may be");
+}
+
+#[test]
 fn what_is_borrowed_for_long_is_renewed() {
     let mut node = Node::new(2, 16);
     saved(&mut node, 0, 0..2);
