@@ -30,12 +30,18 @@ impl Store {
         };
         let victim = victim.slot;
         self.shelves[shelf].segments[victim as usize].state = State::Draining;
+        self.spares.retain(|_, spare| (usize::from(spare.shelf), spare.slot) != (shelf, victim));
         let mut room = self.shelves[shelf].block.segment_bytes / 2;
         let keys: Vec<RecordKey> = self.live_keys(shelf, victim).collect();
         for key in keys {
             let Some(location) = self.index.get(&key) else { continue };
             let bytes = padded(location.bytes) + OVERHEAD;
-            if bytes <= room && !self.shelves[shelf].read_only && keep(&key, self.index.was_read(&key)) {
+            let is_elsewhere = self.spares.contains_key(&key);
+            if !is_elsewhere
+                && bytes <= room
+                && !self.shelves[shelf].read_only
+                && keep(&key, self.index.was_read(&key))
+            {
                 room -= bytes;
                 self.shelves[shelf].relocate.push_back((key, location));
                 self.shelves[shelf].relocations += 1;

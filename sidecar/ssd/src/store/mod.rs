@@ -251,6 +251,8 @@ pub struct Store {
     acks: usize,
     next_ticket: u64,
     next_sequence: u64,
+    /// Second copies that recovery found: where the first turns out to be bad, this one is read.
+    spares: HashMap<RecordKey, Location>,
 }
 
 impl std::fmt::Debug for Store {
@@ -282,6 +284,7 @@ impl Store {
             acks: 0,
             next_ticket: 0,
             next_sequence: 1,
+            spares: HashMap::new(),
         }
     }
 
@@ -302,11 +305,22 @@ impl Store {
             self.next_sequence = self.next_sequence.max(entry.sequence + 1);
             let (position, bytes) = (entry.position, entry.meta.bytes);
             let location = Location { shelf: shelf as u16, slot, position, bytes, sequence: entry.sequence };
-            // Of two records with one key one that is known to be whole counts, and then the later.
-            let known = self.index.get(&entry.meta.key);
-            let known = known.map(|known| (self.segment(known).proved, known.sequence));
-            if known < Some((proved, entry.sequence)) {
-                self.place(entry.meta.key, location);
+            let key = entry.meta.key;
+            let Some(known) = self.index.get(&key) else {
+                self.place(key, location);
+                continue;
+            };
+            // Of two records with one key one that is known to be whole counts, and then the earlier: the later may be
+            // a copy whose sync failed, and that can be read until the power goes.
+            let rank = |proved: bool, sequence: u64| (!proved, sequence);
+            let is_better =
+                rank(proved, location.sequence) < rank(self.segment(known).proved, known.sequence);
+            let spare = if is_better { known } else { location };
+            if is_better {
+                self.place(key, location);
+            }
+            if known.bytes == location.bytes {
+                self.spares.insert(key, spare);
             }
         }
     }
@@ -430,8 +444,13 @@ impl Store {
         if self.gets >= self.limits.gets_max {
             return Err(GetError::Busy);
         }
+        self.load(token, key, location, extent.padded());
+        Ok(())
+    }
+
+    fn load(&mut self, token: u64, key: RecordKey, location: Location, extent: Extent) {
         self.gets += 1;
-        let (asked, extent) = (self.asked(key, location), extent.padded());
+        let asked = self.asked(key, location);
         let parts = vec![Part::Owned(Aligned::zeroed(SECTOR)), Part::Pool(extent)];
         self.segment(location).readers += 1;
         self.io(
@@ -442,11 +461,11 @@ impl Store {
             parts,
             Pending::Load { token, asked, extent },
         );
-        Ok(())
     }
 
     /// Forgets a record. It may come back after a restart: nothing on the disk says that it went.
     pub fn remove(&mut self, key: &RecordKey) -> bool {
+        self.spares.remove(key);
         self.displace(key).is_some()
     }
 
@@ -476,7 +495,12 @@ impl Store {
     }
 
     fn drop_record(&mut self, key: RecordKey, reason: DropReason) {
-        if self.displace(&key).is_some() {
+        if self.displace(&key).is_none() {
+            return;
+        }
+        if let Some(spare) = self.spares.remove(&key) {
+            self.place(key, spare);
+        } else {
             self.counters.evicted += u64::from(reason == DropReason::Evicted);
             self.actions.push_back(Action::Dropped { key, reason });
         }
@@ -540,8 +564,14 @@ impl Store {
                 self.actions.push_back(Action::Loaded { token, key, checksum });
             }
             Err(error) => {
-                self.actions.push_back(Action::LoadFailed { token, key, error });
+                let first = self.actions.len();
                 self.bad_read(shelf, slot, asked, error);
+                let elsewhere = self.index.get(&key).map(|location| (location, self.asked(key, location)));
+                match elsewhere.filter(|(location, other)| location.bytes == asked.bytes && other != asked) {
+                    Some((location, _)) => self.load(token, key, location, extent),
+                    // Before what it drops.
+                    None => self.actions.insert(first, Action::LoadFailed { token, key, error }),
+                }
             }
         }
         self.free_if_drained(shelf, slot);

@@ -205,3 +205,100 @@ fn a_copy_that_nobody_vouches_for_counts_until_the_next_one_is_durable() {
     disk.lock().unwrap().crash(Crash::LoseAll);
     assert!(World::on(&disk, 3).load(0));
 }
+
+/// Two whole copies of record 0, the second in the segment that a crash left open.
+fn copied_twice(disk: &Arc<Mutex<Disk>>, seed: u64, is_synced: bool) -> [super::Location; 2] {
+    let mut world = World::on(disk, seed);
+    world.save(0, true);
+    world.store.close();
+    world.drive();
+    let old = world.store.index.get(&key(0)).unwrap();
+    world.save(1, false);
+    if is_synced {
+        world.store.shelves[0].segments[old.slot as usize].proved = false;
+        world.save(0, true);
+        return [old, world.store.index.get(&key(0)).unwrap()];
+    }
+    disk.lock().unwrap().broken = Some((What::Sync, 5));
+    world.store.evict(0, Some(old.slot), |_, _| true);
+    world.drive();
+    assert!(world.store.counters().relocated > 0, "a second copy was written");
+    disk.lock().unwrap().broken = None;
+    [old, old]
+}
+
+/// What a failed sync leaves is read like any other record until the power goes.
+#[test]
+fn a_second_copy_whose_sync_failed_does_not_hide_the_durable_one() {
+    for seed in 0..32 {
+        let disk = Disk::new(SEGMENT);
+        copied_twice(&disk, seed, false);
+        // Twice: what the first one seals, the second one believes.
+        for restart in 0..2 {
+            let mut again = World::on(&disk, seed + 100 + restart);
+            assert!(again.load(0));
+            again.check();
+        }
+        disk.lock().unwrap().crash(Crash::LoseAll);
+        let mut last = World::on(&disk, seed + 200);
+        assert!(last.load(0), "seed {seed}");
+        last.check();
+    }
+}
+
+#[test]
+fn where_one_copy_is_damaged_the_other_one_is_read() {
+    for (first, second) in [(0, 1), (1, 0)] {
+        let disk = Disk::new(SEGMENT);
+        let copies = copied_twice(&disk, 1, true);
+        assert_ne!(copies[0], copies[1]);
+        // Sealed, so that recovery does not look at payloads.
+        drop(World::on(&disk, 2));
+        let flip = |copy: usize| {
+            let at = copies[copy].position as usize + SECTOR + 7;
+            disk.lock().unwrap().tamper(copies[copy].slot, |file| file[at] ^= 1);
+        };
+        flip(first);
+        let mut world = World::on(&disk, 3);
+        assert!(world.load(0), "copy {first} is damaged");
+        assert!(world.load(0), "and again");
+        world.check();
+        flip(second);
+        let mut world = World::on(&disk, 4);
+        assert!(!world.load(0), "both are damaged");
+        assert!(!world.store.contains(&key(0)));
+        world.check();
+    }
+}
+
+#[test]
+fn where_one_copy_cannot_be_read_the_other_one_is() {
+    let disk = Disk::new(SEGMENT);
+    copied_twice(&disk, 1, true);
+    drop(World::on(&disk, 2));
+    let mut world = World::on(&disk, 3);
+    let operations = disk.lock().unwrap().operations;
+    disk.lock().unwrap().fault = Some((operations, Fault::Errno(5)));
+    assert!(world.load(0));
+    assert_eq!(world.store.counters().io_errors, 1);
+    world.check();
+}
+
+#[test]
+fn what_has_a_second_copy_is_not_written_again_when_its_segment_goes() {
+    let disk = Disk::new(SEGMENT);
+    let [old, new] = copied_twice(&disk, 1, true);
+    let mut world = World::on(&disk, 2);
+    assert_eq!(world.store.index.get(&key(0)), Some(old), "the earlier one counts");
+    world.store.evict(0, Some(old.slot), |_, _| true);
+    world.drive();
+    assert_eq!(world.store.index.get(&key(0)), Some(new));
+    assert_eq!(world.store.counters().relocated, 0);
+    assert!(world.load(0));
+    world.check();
+    // Neither does one whose segment has gone come back.
+    let mut world = World::on(&disk, 3);
+    world.store.evict(0, Some(new.slot), |_, _| false);
+    world.drive();
+    world.check();
+}
