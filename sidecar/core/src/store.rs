@@ -82,6 +82,12 @@ impl Record {
         self.pins > 0
     }
 
+    /// Whether it is the block with this hash of a namespace, which is one tenant's: all that goes into its key. A
+    /// neighbour's has its key only.
+    pub(crate) fn is_named(&self, space: NamespaceId, hash: &[u8; 32]) -> bool {
+        !self.is_foreign() && self.space == space && self.hash == *hash
+    }
+
     /// Whether it is a neighbour's.
     pub(crate) fn is_foreign(&self) -> bool {
         matches!(self.place, Place::Foreign(..))
@@ -134,6 +140,9 @@ pub(crate) struct Store {
     arena: Vec<Option<Record>>,
     vacant: Vec<u32>,
     by_key: KeyMap<RecordId>,
+    /// A short cut: of this pool's records among those in `by_key`, one for each index key. Whoever finds one here
+    /// compares its name.
+    by_index: HashMap<IndexKey, RecordId>,
     /// Records (written or being written) whose parent is this key.
     children: KeyMap<u32>,
     /// What may go, in that order: all published, unpinned leaves. Others are among them, too, and some stand where they
@@ -165,6 +174,7 @@ impl Store {
             arena: Vec::new(),
             vacant: Vec::new(),
             by_key: KeyMap::default(),
+            by_index: HashMap::new(),
             children: KeyMap::default(),
             evictable: BTreeSet::new(),
             clock: 0,
@@ -192,6 +202,17 @@ impl Store {
 
     pub(crate) fn find(&self, key: &BlockKey) -> Option<RecordId> {
         self.by_key.get(key).copied()
+    }
+
+    /// As by its key, which need not be formed: that takes longer than all the rest of a lookup. `None` says nothing.
+    pub(crate) fn find_named(
+        &self,
+        index: &IndexKey,
+        space: NamespaceId,
+        hash: &[u8; 32],
+    ) -> Option<(RecordId, &Record)> {
+        let id = *self.by_index.get(index)?;
+        Some((id, self.get(id).filter(|record| record.is_named(space, hash))?))
     }
 
     pub(crate) fn get(&self, id: RecordId) -> Option<&Record> {
@@ -296,7 +317,7 @@ impl Store {
     }
 
     fn add(&mut self, record: Record) -> RecordId {
-        let key = record.key;
+        let (key, index) = (record.key, (!record.is_foreign()).then_some(record.index));
         let id = match self.vacant.pop() {
             Some(index) => {
                 self.arena[index as usize] = Some(record);
@@ -308,7 +329,20 @@ impl Store {
             }
         };
         self.by_key.insert(key, id);
+        if let Some(index) = index {
+            self.by_index.insert(index, id);
+        }
         id
+    }
+
+    /// Nobody finds it any more.
+    fn hide(&mut self, id: RecordId, key: &BlockKey, index: &IndexKey) {
+        if self.by_key.get(key) == Some(&id) {
+            self.by_key.remove(key);
+        }
+        if self.by_index.get(index) == Some(&id) {
+            self.by_index.remove(index);
+        }
     }
 
     fn evict_first(&mut self) -> Option<Record> {
@@ -343,9 +377,7 @@ impl Store {
         if let Some(stood) = record.queued {
             self.evictable.remove(&(stood, id));
         }
-        if self.by_key.get(&record.key) == Some(&id) {
-            self.by_key.remove(&record.key);
-        }
+        self.hide(id, &record.key, &record.index);
         self.vacant.push(id.0);
         match record.place {
             Place::Own(extent) => {
@@ -370,8 +402,8 @@ impl Store {
             return;
         }
         record.state = State::Retired;
-        let key = record.key;
-        self.by_key.remove(&key);
+        let (key, index) = (record.key, record.index);
+        self.hide(id, &key, &index);
     }
 
     /// The bytes are there and proved.
@@ -390,11 +422,11 @@ impl Store {
             return None;
         }
         record.state = State::Retired;
-        let (key, gone) = (record.key, (record.key, Arc::clone(&record.tenant), record.index));
-        self.by_key.remove(&key);
+        let (key, tenant, index) = (record.key, Arc::clone(&record.tenant), record.index);
+        self.hide(id, &key, &index);
         self.requeue(id);
         self.drop_if_unused(id);
-        Some(gone)
+        Some((key, tenant, index))
     }
 
     /// A lease found the record.
@@ -525,7 +557,10 @@ impl Store {
             if let Some(parent) = record.parent {
                 *children.entry(parent).or_default() += 1;
             }
-            assert_eq!(self.by_key.get(&record.key) == Some(&id), record.state != State::Retired);
+            let is_hidden = record.state == State::Retired;
+            assert_eq!(self.by_key.get(&record.key) != Some(&id), is_hidden);
+            assert!(self.by_index.get(&record.index) != Some(&id) || !is_hidden);
+            assert!(is_hidden || self.by_index.contains_key(&record.index));
             let may_go = record.state == State::Published
                 && record.pins == 0
                 && !self.children.contains_key(&record.key);

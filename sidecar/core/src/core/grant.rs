@@ -13,7 +13,7 @@ use crate::{
     ids::{LeaseId, SessionId},
     key::{BlockKey, TenantKey},
     lease::{Granted, Lease},
-    store::State,
+    store::{Record, RecordId, State},
 };
 
 impl Core {
@@ -103,11 +103,16 @@ impl Core {
             rest = others;
             let mut slots = Vec::new();
             for hash in these {
-                let key = BlockKey::new(tenant, run.space, 0, hash);
-                let found = self.look(&key);
-                let abroad = || Some((Slot::Abroad(key, IndexKey::new(seed, &run.space.0, hash)), 0));
-                let found = found.or_else(|| if self.neighbours.is_alone() { None } else { abroad() });
-                let Some((slot, more)) = found else { break };
+                let index = IndexKey::new(seed, &run.space.0, hash);
+                let named = self.store.find_named(&index, run.space, hash);
+                let found = named.filter(|(_, record)| record.state == State::Published);
+                let Some((slot, more)) = found.map(here).or_else(|| {
+                    let key = BlockKey::new(tenant, run.space, 0, hash);
+                    let abroad = || (!self.neighbours.is_alone()).then_some((Slot::Abroad(key, index), 0));
+                    self.look(&key).or_else(abroad)
+                }) else {
+                    break;
+                };
                 planned += more;
                 if planned > self.limits.pinned_bytes_max {
                     break;
@@ -121,12 +126,8 @@ impl Core {
 
     /// Where a block is, and how much more it pins.
     fn look(&self, key: &BlockKey) -> Option<(Slot, u64)> {
-        let here = self.store.find(key).and_then(|id| Some((id, self.store.get(id)?)));
-        match here {
-            Some((id, record)) if record.state == State::Published => Some((
-                Slot::Here(id),
-                if record.is_pinned() || record.is_foreign() { 0 } else { record.bytes },
-            )),
+        match self.store.find(key).and_then(|id| Some((id, self.store.get(id)?))) {
+            Some(found) if found.1.state == State::Published => Some(here(found)),
             _ => {
                 let found = self.ssd.as_ref()?.find(key)?;
                 Some((Slot::There(*key, found.bytes), found.bytes))
@@ -184,6 +185,11 @@ impl Core {
             Action::Leased { session: id, request, lease: lease_id, blocks }
         });
     }
+}
+
+/// Where a record of the pool is, and how much more it pins.
+fn here((id, record): (RecordId, &Record)) -> (Slot, u64) {
+    (Slot::Here(id), if record.is_pinned() || record.is_foreign() { 0 } else { record.bytes })
 }
 
 fn counted(runs: &[LeaseRun]) -> u64 {

@@ -317,9 +317,10 @@ impl Core {
             // The leased records first: a zip that ends with its second half would eat one of the first.
             for (id, (hash, block)) in leased.iter().zip(rest.by_ref()) {
                 let record = self.store.get(*id).ok_or(Refusal::Lease)?;
-                let key = BlockKey::new(&owner.tenant.key, run.space, 0, hash);
+                let is_it = record.is_named(run.space, hash)
+                    || record.key == BlockKey::new(&owner.tenant.key, run.space, 0, hash);
                 let fits = record.format == wanted.format && record.bytes == wanted.record_bytes;
-                if record.key != key || !fits {
+                if !is_it || !fits {
                     return Err(Refusal::Identity);
                 }
                 if !matches!(record.state, State::Published | State::Reading) {
