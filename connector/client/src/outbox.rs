@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use pillion_protocol::{Message, frame};
+use pillion_protocol::{Encoder, Message};
 use pillion_shm::fds;
 use rustix::io::Errno;
 
@@ -23,6 +23,14 @@ struct State {
     socket: Option<Arc<OwnedFd>>,
     pending: VecDeque<u8>,
     broken: bool,
+    encoder: Encoder,
+}
+
+impl State {
+    fn reset(&mut self, socket: Option<Arc<OwnedFd>>) {
+        (self.socket, self.broken) = (socket, false);
+        self.pending.clear();
+    }
 }
 
 #[derive(Debug)]
@@ -52,18 +60,20 @@ impl Outbox {
     }
 
     pub(crate) fn open(&self, socket: Arc<OwnedFd>) {
-        *self.state() = State { socket: Some(socket), ..State::default() };
+        self.state().reset(Some(socket));
     }
 
     pub(crate) fn close(&self) {
-        *self.state() = State::default();
+        self.state().reset(None);
     }
 
     /// Queues a message; most are in the socket when this returns.
     pub(crate) fn send(&self, message: &Message) -> Result<(), NotSent> {
-        let bytes = frame::encode(message, 0);
         let mut state = self.state();
-        let State { socket: Some(socket), pending, broken } = &mut *state else { return Err(NotSent) };
+        let State { socket: Some(socket), pending, broken, encoder } = &mut *state else {
+            return Err(NotSent);
+        };
+        let bytes = encoder.encode(message, 0);
         if *broken || pending.len() + bytes.len() > PENDING_BYTES_MAX {
             *broken = true;
             self.wake();
@@ -71,7 +81,7 @@ impl Outbox {
         }
         let mut sent = 0;
         if pending.is_empty() {
-            match fds::send(socket.as_fd(), &bytes, &[]) {
+            match fds::send(socket.as_fd(), bytes, &[]) {
                 Ok(count) => sent = count,
                 Err(Errno::AGAIN | Errno::INTR) => {}
                 Err(_) => {
@@ -90,12 +100,14 @@ impl Outbox {
 
     /// Sends a message with fds. Where that cannot be done at once, the connection is given up.
     pub(crate) fn send_with_fds(&self, message: &Message, passed: &[OwnedFd]) -> Result<(), NotSent> {
-        let bytes = frame::encode(message, passed.len() as u16);
         let borrowed: Vec<_> = passed.iter().map(AsFd::as_fd).collect();
         let mut state = self.state();
-        let State { socket: Some(socket), pending, broken } = &mut *state else { return Err(NotSent) };
+        let State { socket: Some(socket), pending, broken, encoder } = &mut *state else {
+            return Err(NotSent);
+        };
+        let bytes = encoder.encode(message, passed.len() as u16);
         let sent = if pending.is_empty() && !*broken {
-            fds::send(socket.as_fd(), &bytes, &borrowed).ok()
+            fds::send(socket.as_fd(), bytes, &borrowed).ok()
         } else {
             None
         };
@@ -115,7 +127,7 @@ impl Outbox {
     /// Sends what is pending, as far as it goes. Says whether something is left.
     pub(crate) fn flush(&self) -> Result<bool, NotSent> {
         let mut state = self.state();
-        let State { socket: Some(socket), pending, broken } = &mut *state else { return Ok(false) };
+        let State { socket: Some(socket), pending, broken, .. } = &mut *state else { return Ok(false) };
         if *broken {
             return Err(NotSent);
         }

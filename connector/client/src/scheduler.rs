@@ -223,7 +223,7 @@ impl SchedulerClient {
         if !alive || state.spaces.is_empty() || state.tickets.len() >= TICKETS_MAX || runs.len() > MAX_RUNS {
             return 0;
         }
-        let (mut spaces, mut counts, mut hashes) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut spaces, mut counts, mut hashes) = (Vec::new(), Vec::with_capacity(runs.len()), Vec::new());
         for (group, of_run) in runs {
             let Some(space) = state.spaces.get(*group).copied() else { return 0 };
             let count = if let [_] = runs {
@@ -237,7 +237,7 @@ impl SchedulerClient {
             };
             spaces.extend(space);
             counts.push(count as u32);
-            hashes.extend(&of_run[..count * HASH_BYTES]);
+            hashes.extend_from_slice(&of_run[..count * HASH_BYTES]);
         }
         if hashes.is_empty() || hashes.len() > MAX_BLOCKS * HASH_BYTES {
             return 0;

@@ -109,15 +109,40 @@ impl Frames {
 
 /// Encodes a message as a frame that announces `fds` file descriptors.
 pub fn encode(message: &Message, fds: u16) -> Vec<u8> {
-    let mut builder = planus::Builder::with_capacity(256);
-    let payload = message.write(&mut builder);
-    debug_assert!(payload.len() <= MAX_PAYLOAD_BYTES && fds <= MAX_FDS);
-    let mut frame = Vec::with_capacity(HEADER_BYTES + payload.len());
-    frame.extend_from_slice(&(payload.len() as u32).to_le_bytes());
-    frame.extend_from_slice(&(message.kind() as u16).to_le_bytes());
-    frame.extend_from_slice(&fds.to_le_bytes());
-    frame.extend_from_slice(payload);
-    frame
+    let mut encoder = Encoder::default();
+    encoder.encode(message, fds);
+    encoder.frame
+}
+
+/// Encodes one message after the other in memory that it keeps: new memory for thousands of hashes is page faults, which
+/// take longer than their encoding.
+#[derive(Debug, Default)]
+pub struct Encoder {
+    builder: planus::Builder,
+    frame: Vec<u8>,
+}
+
+/// What an encoder keeps: the hashes of some ten thousand blocks.
+const KEPT_BYTES_MAX: usize = 1 << 20;
+
+impl Encoder {
+    /// As [`encode`]; the frame is there until the next one.
+    pub fn encode(&mut self, message: &Message, fds: u16) -> &[u8] {
+        if self.frame.capacity() > KEPT_BYTES_MAX {
+            *self = Self::default();
+        }
+        let Self { builder, frame } = self;
+        builder.clear();
+        frame.clear();
+        let payload = message.write(builder);
+        debug_assert!(payload.len() <= MAX_PAYLOAD_BYTES && fds <= MAX_FDS);
+        frame.reserve_exact(HEADER_BYTES + payload.len());
+        frame.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+        frame.extend_from_slice(&(message.kind() as u16).to_le_bytes());
+        frame.extend_from_slice(&fds.to_le_bytes());
+        frame.extend_from_slice(payload);
+        frame
+    }
 }
 
 #[cfg(test)]
@@ -145,6 +170,19 @@ mod tests {
             assert_eq!(seen, (0..3).map(ping).collect::<Vec<_>>());
             assert_eq!(frames.pending_bytes(), 0);
         }
+    }
+
+    #[test]
+    fn an_encoder_says_the_same_whatever_it_encoded_before() {
+        let mut encoder = Encoder::default();
+        for count in [3, 40_000, 0, 100, 65_536] {
+            let hashes = vec![count as u8; 32 * count];
+            let lease = wire::Lease { request: 1, spaces: vec![7; 16], counts: vec![count as u32], hashes };
+            for message in [Message::Lease(lease), ping(count as u64)] {
+                assert_eq!(encoder.encode(&message, 1), encode(&message, 1));
+            }
+        }
+        assert!(encoder.frame.capacity() <= KEPT_BYTES_MAX, "a long one is not kept for good");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 pub mod frame;
 mod message;
 
-pub use frame::{FrameError, Frames, HEADER_BYTES, MAX_PAYLOAD_BYTES};
+pub use frame::{Encoder, FrameError, Frames, HEADER_BYTES, MAX_PAYLOAD_BYTES};
 pub use message::{Kind, Message};
 
 /// Protocol version spoken by this build. Peers of another major version are refused.

@@ -141,8 +141,8 @@ pub(crate) struct Store {
     vacant: Vec<u32>,
     by_key: KeyMap<RecordId>,
     /// A short cut: of this pool's records among those in `by_key`, one for each index key. Whoever finds one here
-    /// compares its name.
-    by_index: HashMap<IndexKey, RecordId>,
+    /// compares its name. Clients know how index keys come about: their hash is seeded.
+    by_index: HashMap<IndexKey, RecordId, foldhash::fast::RandomState>,
     /// Records (written or being written) whose parent is this key.
     children: KeyMap<u32>,
     /// What may go, in that order: all published, unpinned leaves. Others are among them, too, and some stand where they
@@ -174,7 +174,7 @@ impl Store {
             arena: Vec::new(),
             vacant: Vec::new(),
             by_key: KeyMap::default(),
-            by_index: HashMap::new(),
+            by_index: HashMap::default(),
             children: KeyMap::default(),
             evictable: BTreeSet::new(),
             clock: 0,
