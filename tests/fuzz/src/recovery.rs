@@ -127,7 +127,7 @@ impl File {
         // What is wrong with it, if anything.
         let (wrong, by) = (c.byte(), c.number());
         match wrong {
-            240 => entry.position = entry.position.wrapping_add(by * SECTOR as u64),
+            240 => entry.position = entry.position.wrapping_add(by.wrapping_mul(SECTOR as u64)),
             241 => entry.meta.checksum ^= by,
             242 => entry.meta.bytes = 1 + by % (4 * PAYLOAD_MAX),
             243 => entry.sequence = by,
