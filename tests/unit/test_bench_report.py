@@ -9,6 +9,7 @@ import pytest
 
 from harness.report import Better, Row, all_met, document, table, write
 from harness.summary import summarize
+from harness.tables import line
 
 FIELDS = "metric case ours peer theirs unit ratio budget met runs spread".split()
 
@@ -84,3 +85,16 @@ def test_a_summary_counts_what_every_bench_said() -> None:
     _, counted, gpu, broken = shown.splitlines()
     assert counted.split()[:5] == ["step", "2", "1", "1", "0"]
     assert gpu.endswith("is not here") and broken.endswith("ended with exit code 2")
+
+
+def test_a_row_stands_in_the_docs_as_on_a_terminal() -> None:
+    row = Row.within("P5", "hit, p50", [4.0, 5.0, 6.0], 10.0, "µs", note="p99 7 µs").as_json()
+    assert (
+        line(row)
+        == "| hit, p50 | 5.00 | 10 µs | 10.00 | µs | 2.00 | 1.67\N{EN DASH}2.50 | 1 | met; p99 7 µs |"
+    )
+    absent = Row.without("P8", "event", "10 µs", "µs", "there is no GPU").as_json()
+    dash = "\N{EN DASH}"
+    assert line(absent) == (
+        f"| event | {dash} | 10 µs | {dash} | µs | {dash} | {dash} | {dash} | not measured: there is no GPU |"
+    )
