@@ -106,6 +106,8 @@ bench_all() {
         given=(${quick[@]+"${quick[@]}"})
         # Those of bench/harness share one wheel: the first builds it.
         case $name in lookup | step | copy | ttft | survival) given+=(${build[@]+"${build[@]}"}) build=(--no-build) ;; esac
+        # Without them the disk's requests are as long as memory happens to lie in one piece, fio's too.
+        if [[ $name == ssd && $EUID == 0 ]]; then given+=(--huge-pages); fi
         say "bench $name"
         rm -f "$place/$name.json"
         rc=0
