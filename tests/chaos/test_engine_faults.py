@@ -82,9 +82,10 @@ def test_a_save_that_is_taken_back_is_never_served_with_other_bytes(world: World
         # The deadlines from "at once" to "in time", as many of them as may be in the middle of the copy: how many is up
         # to the machine, but for those whose sidecar is stopped meanwhile.
         deadline_ms = chance.choice([0, 0, 1, 1, 1, 2, 3, 5])
-        with sidecar.stopped() if index % 8 == 0 else nullcontext():
+        is_stopped = index % 8 == 0
+        with sidecar.stopped() if is_stopped else nullcontext():
             job = engine.save(prompt, deadline_ms=deadline_ms)
-            wait = time.monotonic() + (0.02 if index % 8 == 0 else chance.uniform(0, 0.003))
+            wait = time.monotonic() + (0.02 if is_stopped else chance.uniform(0, 0.003))
             while time.monotonic() < wait and not job.quiesced:
                 engine.poll()
         engine.wait(job)

@@ -116,7 +116,7 @@ pub fn encode(message: &Message, fds: u16) -> Vec<u8> {
 
 /// Encodes one message after the other in memory that it keeps: new memory for thousands of hashes is page faults, which
 /// take longer than their encoding.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Encoder {
     builder: planus::Builder,
     frame: Vec<u8>,
@@ -124,6 +124,13 @@ pub struct Encoder {
 
 /// What an encoder keeps: the hashes of some ten thousand blocks.
 const KEPT_BYTES_MAX: usize = 1 << 20;
+
+impl Default for Encoder {
+    fn default() -> Self {
+        // Most messages are short.
+        Self { builder: planus::Builder::with_capacity(256), frame: Vec::new() }
+    }
+}
 
 impl Encoder {
     /// As [`encode`]; the frame is there until the next one.
@@ -136,7 +143,7 @@ impl Encoder {
         frame.clear();
         let payload = message.write(builder);
         debug_assert!(payload.len() <= MAX_PAYLOAD_BYTES && fds <= MAX_FDS);
-        frame.reserve_exact(HEADER_BYTES + payload.len());
+        frame.reserve(HEADER_BYTES + payload.len());
         frame.extend_from_slice(&(payload.len() as u32).to_le_bytes());
         frame.extend_from_slice(&(message.kind() as u16).to_le_bytes());
         frame.extend_from_slice(&fds.to_le_bytes());

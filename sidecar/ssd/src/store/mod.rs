@@ -312,12 +312,10 @@ impl Store {
             };
             // Of two records with one key one that is known to be whole counts, and then the earlier: the later may be
             // a copy whose sync failed, and that can be read until the power goes.
-            let rank = |proved: bool, sequence: u64| (!proved, sequence);
-            let is_better =
-                rank(proved, location.sequence) < rank(self.segment(known).proved, known.sequence);
-            let spare = if is_better { known } else { location };
-            if is_better {
+            let mut spare = location;
+            if (!proved, location.sequence) < (!self.segment(known).proved, known.sequence) {
                 self.place(key, location);
+                spare = known;
             }
             if known.bytes == location.bytes {
                 self.spares.insert(key, spare);
@@ -566,9 +564,9 @@ impl Store {
             Err(error) => {
                 let first = self.actions.len();
                 self.bad_read(shelf, slot, asked, error);
-                let elsewhere = self.index.get(&key).map(|location| (location, self.asked(key, location)));
-                match elsewhere.filter(|(location, other)| location.bytes == asked.bytes && other != asked) {
-                    Some((location, _)) => self.load(token, key, location, extent),
+                let elsewhere = self.index.get(&key).filter(|location| location.bytes == asked.bytes);
+                match elsewhere.filter(|location| self.asked(key, *location) != *asked) {
+                    Some(location) => self.load(token, key, location, extent),
                     // Before what it drops.
                     None => self.actions.insert(first, Action::LoadFailed { token, key, error }),
                 }
