@@ -66,9 +66,9 @@ fn limits(load: &Load) -> Limits {
     match load.way {
         Way::Read => Limits { depth: load.depth as usize, ..all },
         Way::Write => {
-            let batch_bytes = all.batch_bytes.min(load.depth * load.bytes).max(load.bytes);
-            let batches = (load.depth * load.bytes / batch_bytes).max(1);
-            Limits { batch_bytes, batches_max: all.batches_max.min(batches as u32), ..all }
+            let batches_max = all.batches_max.min(load.depth as u32);
+            let each = load.depth * load.bytes / u64::from(batches_max);
+            Limits { batch_bytes: each.min(all.batch_bytes), batches_max, ..all }
         }
     }
 }

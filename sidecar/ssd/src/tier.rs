@@ -1,7 +1,7 @@
 //! The tier as a service: one thread owns the store, one thread per directory does its I/O.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     io,
     path::PathBuf,
     sync::{
@@ -489,55 +489,69 @@ impl Drop for Port {
     }
 }
 
-/// Who goes next. Reads go before writes: somebody waits for them. What is no read has some places where it waits for
-/// reads, so that it goes on, and not more as long as reads come: they would wait behind it in the device.
+/// Who goes next. Reads go before writes: somebody waits for them. As long as reads come, writes have one place: a read
+/// would wait in the device behind more. What moves no bytes (syncs, new files) needs no such bound.
 #[derive(Debug, Default)]
 struct Places {
     depth: usize,
     reads: VecDeque<Op>,
+    writes: VecDeque<Op>,
     others: VecDeque<Op>,
-    in_flight: usize,
-    /// Tickets of what is in flight and no read.
-    others_in_flight: HashSet<u64>,
+    /// What is in flight and no read, by its ticket.
+    beside: HashMap<u64, What>,
+    reads_in_flight: usize,
+    writes_in_flight: usize,
     /// When the last read went or ended.
     read_at: Option<Instant>,
 }
 
-/// Places of what is no read, beside reads.
-const BESIDE_READS: usize = 2;
+/// Places of writes, beside reads.
+const BESIDE_READS: usize = 1;
 /// So long after a read the next one is to be expected.
 const READS_PAUSE: Duration = Duration::from_millis(10);
 
 impl Places {
     fn push(&mut self, op: Op) {
-        if op.what == What::Read { &mut self.reads } else { &mut self.others }.push_back(op);
+        match op.what {
+            What::Read => self.reads.push_back(op),
+            What::Write => self.writes.push_back(op),
+            What::Sync | What::Prepare => self.others.push_back(op),
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.reads_in_flight + self.beside.len()
     }
 
     fn next(&mut self, now: Instant) -> Option<Op> {
-        let others = self.others_in_flight.len();
+        let free = self.depth.checked_sub(self.in_flight()).filter(|free| *free > 0)?;
         let is_reading = !self.reads.is_empty()
-            || self.in_flight > others
+            || self.reads_in_flight > 0
             || self.read_at.is_some_and(|at| now.duration_since(at) < READS_PAUSE);
-        let others_max = if is_reading { BESIDE_READS } else { self.depth.div_ceil(2) };
-        // One place is left for reads, however few there are.
-        let beside = BESIDE_READS.min(self.depth - 1);
-        let owed = if self.others.is_empty() { 0 } else { beside.saturating_sub(others) };
-        let read = self.reads.pop_front_if(|_| self.in_flight + owed < self.depth);
-        let may = others < others_max && self.in_flight < self.depth;
-        let op = read.or_else(|| self.others.pop_front_if(|_| may))?;
-        self.in_flight += 1;
+        let writes_max = if is_reading { BESIDE_READS } else { self.depth.div_ceil(2) };
+        let may_write = self.writes_in_flight < writes_max;
+        // However many reads there are, the others go on. However few, one place is left for a read.
+        let is_owed = may_write && !self.writes.is_empty() && self.depth > 1;
+        let others = self.others.pop_front_if(|_| free > 1 || self.beside.is_empty());
+        let read = || self.reads.pop_front_if(|_| free > usize::from(is_owed));
+        let op = others.or_else(read).or_else(|| self.writes.pop_front_if(|_| may_write))?;
         if op.what == What::Read {
+            self.reads_in_flight += 1;
             self.read_at = Some(now);
         } else {
-            self.others_in_flight.insert(op.ticket);
+            self.writes_in_flight += usize::from(op.what == What::Write);
+            self.beside.insert(op.ticket, op.what);
         }
         Some(op)
     }
 
     fn ended(&mut self, ticket: u64, now: Instant) {
-        self.in_flight -= 1;
-        if !self.others_in_flight.remove(&ticket) {
-            self.read_at = Some(now);
+        match self.beside.remove(&ticket) {
+            None => {
+                self.reads_in_flight -= 1;
+                self.read_at = Some(now);
+            }
+            Some(what) => self.writes_in_flight -= usize::from(what == What::Write),
         }
     }
 }
@@ -568,10 +582,11 @@ fn work(device: &mut dyn Device, depth: usize, queue: &Receiver<Op>, tell: &Send
             if tell.send(Message::Done(std::mem::take(&mut done))).is_err() {
                 // Nobody listens: end what is in flight, take no more.
                 places.reads.clear();
+                places.writes.clear();
                 places.others.clear();
             }
         }
-        if is_over && places.in_flight == 0 {
+        if is_over && places.in_flight() == 0 {
             return;
         }
         device.wait(None, &mut done);
@@ -597,13 +612,13 @@ mod tests {
         let mut flying = VecDeque::from(taken(&mut places, now));
         assert_eq!(flying.len(), 16, "reads alone take all places");
         (1000..1100).for_each(|ticket| places.push(op(ticket, What::Write)));
-        for _ in 0..200 {
+        for _ in 0..400 {
             places.ended(flying.pop_front().unwrap(), now);
             flying.extend(taken(&mut places, now));
-            assert_eq!((flying.len(), places.in_flight), (16, 16));
-            assert!(places.others_in_flight.len() <= BESIDE_READS, "reads still first");
+            assert_eq!((flying.len(), places.in_flight()), (16, 16));
+            assert!(places.writes_in_flight <= BESIDE_READS, "reads still first");
         }
-        assert!(places.others.len() < 80, "writes go on: {} wait", places.others.len());
+        assert!(places.writes.len() < 80, "writes go on: {} wait", places.writes.len());
         places.reads.clear();
         while let Some(ticket) = flying.pop_front() {
             places.ended(ticket, now);
@@ -612,8 +627,33 @@ mod tests {
         assert_eq!(flying.len(), BESIDE_READS, "the next read may be about to come");
         now += READS_PAUSE;
         flying.extend(taken(&mut places, now));
-        assert_eq!((flying.len(), places.others_in_flight.len()), (8, 8), "half, where none came");
+        assert_eq!((flying.len(), places.writes_in_flight), (8, 8), "half, where none came");
         places.push(op(2000, What::Read));
         assert_eq!(taken(&mut places, now), [2000], "it need not wait for any of them to end");
+    }
+
+    #[test]
+    fn a_sync_goes_on_however_many_reads_there_are_and_takes_no_place_of_a_write() {
+        for depth in 1..4 {
+            let mut places = Places { depth, ..Places::default() };
+            let now = Instant::now();
+            (0..1000).for_each(|ticket| places.push(op(ticket, What::Read)));
+            let mut flying: VecDeque<u64> =
+                std::iter::from_fn(|| places.next(now)).map(|op| op.ticket).collect();
+            (2000..2003).for_each(|ticket| places.push(op(ticket, What::Sync)));
+            (3000..3003).for_each(|ticket| places.push(op(ticket, What::Write)));
+            let mut beside = Vec::new();
+            for _ in 0..100 {
+                places.ended(flying.pop_front().unwrap(), now);
+                while let Some(next) = places.next(now) {
+                    beside.extend((next.what != What::Read).then_some(next.what));
+                    flying.push_back(next.ticket);
+                }
+                assert_eq!(flying.len(), depth, "no place is empty");
+            }
+            assert_eq!(beside.iter().filter(|what| **what == What::Sync).count(), 3, "depth {depth}");
+            let writes = beside.iter().filter(|what| **what == What::Write).count();
+            assert_eq!(writes, if depth == 1 { 0 } else { 3 }, "one place only is the reads'");
+        }
     }
 }

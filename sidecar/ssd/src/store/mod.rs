@@ -35,7 +35,7 @@ pub struct Limits {
     pub puts_max: usize,
     /// Records that are being read.
     pub gets_max: usize,
-    /// One write gathers records up to so many bytes; a longer record goes alone.
+    /// One write gathers records until it has so many bytes. A read that comes waits until it is over.
     pub batch_bytes: u64,
     /// Writes in flight per directory.
     pub batches_max: u32,
@@ -52,8 +52,8 @@ impl Default for Limits {
         Self {
             puts_max: 256,
             gets_max: 1024,
-            batch_bytes: 4 << 20,
-            batches_max: 8,
+            batch_bytes: 2 << 20,
+            batches_max: 16,
             depth: 64,
             strikes_max: 3,
             ahead_segments_min: 8,

@@ -96,7 +96,7 @@ impl Store {
             let fits =
                 end + writer.footer.bytes_with(&next.meta) <= segment_bytes && writer.footer.has_room();
             let moving = matches!(next.owner, Owner::Relocation(_));
-            if !fits || (!puts.is_empty() && end - at > batch_bytes) || (place.relocations > 0 && !moving) {
+            if !fits || writer.tail - at >= batch_bytes || (place.relocations > 0 && !moving) {
                 break;
             }
             let Some(put) = place.queue.pop_front() else { break };
