@@ -3,6 +3,8 @@
 
 # shellcheck source=scripts/lib/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck source=scripts/lib/bench_harness.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/bench_harness.sh"
 
 NIXL=1.5.1
 
@@ -40,6 +42,14 @@ peer_nixl() {
     fi
     printf -v PILLION_PEER_NIXL '%s\n%s' "$dir/bin/python" "$ROOT/bench/peers/nixl_posix.py"
     export PILLION_PEER_NIXL
+}
+
+# Its environment is gigabytes: where other benches made one.
+peer_lmcache_fs() {
+    local dir=$VENVS/lmcache-$LMCACHE
+    PILLION_PEER_LMCACHE_FS='!not installed: ./scripts/bench copy installs it'
+    [[ ! -f $dir/.complete ]] || printf -v PILLION_PEER_LMCACHE_FS '%s\n%s' "$dir/bin/python" "$ROOT/bench/peers/lmcache_fs.py"
+    export PILLION_PEER_LMCACHE_FS
 }
 
 # set_aside MIB: so much memory in 2 MiB pages, until this shell ends.

@@ -66,9 +66,11 @@ fn limits(load: &Load) -> Limits {
     match load.way {
         Way::Read => Limits { depth: load.depth as usize, ..all },
         Way::Write => {
-            let batches_max = all.batches_max.min(load.depth as u32);
-            let each = load.depth * load.bytes / u64::from(batches_max);
-            Limits { batch_bytes: each.min(all.batch_bytes), batches_max, ..all }
+            let writes = load.depth.min(all.batches_max.into());
+            let batch_bytes = all.batch_bytes.min(load.depth * load.bytes / writes);
+            // Writes have half of a tier's places. As of reads, there are some that wait for theirs.
+            let batches_max = all.batches_max.min(2 * writes as u32);
+            Limits { batch_bytes, batches_max, depth: 2 * writes as usize, ..all }
         }
     }
 }
@@ -95,6 +97,7 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) ->
     peers::fio_lay_out(&scratch.0, CAPACITY)?;
     let foyer = Peer::of_variable("foyer", "PILLION_PEER_FOYER");
     let nixl = Peer::of_variable("NIXL POSIX", "PILLION_PEER_NIXL");
+    let lmcache = Peer::of_variable("LMCache fs_native", "PILLION_PEER_LMCACHE_FS");
     let mut rows = Vec::new();
     for &bytes in effort.sizes {
         let is_wanted = |load: &Load| case(load).contains(only);
@@ -108,7 +111,8 @@ pub(crate) fn run(below: &Path, json: Option<&Path>, quick: bool, only: &str) ->
         let place = scratch.sub("ours")?;
         let mut ours = Ours::start(&place, bytes, Engine::Auto)?;
         for load in &loads {
-            let with: &[&Peer] = if bytes == 2 * MIB && load.depth == 32 { &[&nixl, &foyer] } else { &[] };
+            let has_peers = bytes == 2 * MIB && load.depth == 32;
+            let with: &[&Peer] = if has_peers { &[&nixl, &lmcache, &foyer] } else { &[] };
             ours = ours.again(limits(load))?;
             // The disk is a noisy one: more where a budget is to be told from its moods.
             let runs = if budget(load).is_some() { 2 * effort.runs - 1 } else { effort.runs };
@@ -175,16 +179,21 @@ fn beside(
             let every = SEGMENT / load.bytes / SYNCS_OF_A_SEGMENT;
             syncing.push((mine, peers::fio(directory, &load_of_fio, has_huge_pages, every)?));
         }
-        for (number, peer) in others.iter().enumerate() {
-            if refused[number].is_some() {
-                continue;
-            }
-            // foyer starts and recovers within its run: a longer one.
-            let longer = Load { seconds: load.seconds.max(1.0), ..*load };
+    }
+    // After that: what some of them leave behind, the disk goes on with for a while.
+    for (number, peer) in others.iter().enumerate() {
+        // foyer starts and recovers within its run: a longer one.
+        let longer = Load { seconds: load.seconds.max(1.0), ..*load };
+        for _ in 0..runs.div_ceil(2) {
+            sleep(REST);
+            let mine = ours.run(load)?;
             sleep(REST);
             match peer.run(directory, &longer) {
                 Ok(sample) => theirs[number].push((mine, sample)),
-                Err(why) => refused[number] = Some(why),
+                Err(why) => {
+                    refused[number] = Some(why);
+                    break;
+                }
             }
         }
     }
@@ -208,7 +217,11 @@ fn beside(
             rows.push(Row::without("P9", name.clone(), peer.name, why));
             continue;
         }
-        let target = (peer.name == "NIXL POSIX").then_some(1.0);
+        let target = match peer.name {
+            "NIXL POSIX" => Some(1.0),
+            "LMCache fs_native" => Some(1.8),
+            _ => None,
+        };
         let pairs = &theirs[number];
         rows.push(Row::of("P9", name.clone(), peer.name, "GB/s", Better::More, target, &speed(pairs)));
         rows.push(Row::of("P9", format!("{name}, CPU"), peer.name, "s/GB", Better::Less, None, &cpu(pairs)));
