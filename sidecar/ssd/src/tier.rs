@@ -489,24 +489,25 @@ impl Drop for Port {
     }
 }
 
-/// Who goes next. Reads go before writes: somebody waits for them. As long as reads come, writes have one place: a read
-/// would wait in the device behind more. What moves no bytes (syncs, new files) needs no such bound.
+/// Who goes next. Reads go before writes: somebody waits for them. As long as reads come, few bytes are written at once: a
+/// read would wait in the device behind more. What moves no bytes (syncs, new files) needs no such bound.
 #[derive(Debug, Default)]
 struct Places {
     depth: usize,
     reads: VecDeque<Op>,
     writes: VecDeque<Op>,
     others: VecDeque<Op>,
-    /// What is in flight and no read, by its ticket.
-    beside: HashMap<u64, What>,
+    /// What is in flight and no read, by its ticket; of a write its bytes.
+    beside: HashMap<u64, Option<u64>>,
     reads_in_flight: usize,
     writes_in_flight: usize,
+    written_bytes: u64,
     /// When the last read went or ended.
     read_at: Option<Instant>,
 }
 
-/// Places of writes, beside reads.
-const BESIDE_READS: usize = 1;
+/// Bytes of writes in flight, beside reads; a write of more goes alone.
+const BESIDE_READS: u64 = 2 << 20;
 /// So long after a read the next one is to be expected.
 const READS_PAUSE: Duration = Duration::from_millis(10);
 
@@ -528,10 +529,13 @@ impl Places {
         let is_reading = !self.reads.is_empty()
             || self.reads_in_flight > 0
             || self.read_at.is_some_and(|at| now.duration_since(at) < READS_PAUSE);
-        let writes_max = if is_reading { BESIDE_READS } else { self.depth.div_ceil(2) };
-        let may_write = self.writes_in_flight < writes_max;
+        let is_alone = self.writes_in_flight == 0;
+        let may_write = self.writes.front().is_some_and(|write| {
+            let is_short = is_alone || self.written_bytes + write.bytes() <= BESIDE_READS;
+            self.writes_in_flight < self.depth.div_ceil(2) && (is_short || !is_reading)
+        });
         // However many reads there are, the others go on. However few, one place is left for a read.
-        let is_owed = may_write && !self.writes.is_empty() && self.depth > 1;
+        let is_owed = may_write && is_alone && self.depth > 1;
         let others = self.others.pop_front_if(|_| free > 1 || self.beside.is_empty());
         let read = || self.reads.pop_front_if(|_| free > usize::from(is_owed));
         let op = others.or_else(read).or_else(|| self.writes.pop_front_if(|_| may_write))?;
@@ -539,8 +543,10 @@ impl Places {
             self.reads_in_flight += 1;
             self.read_at = Some(now);
         } else {
-            self.writes_in_flight += usize::from(op.what == What::Write);
-            self.beside.insert(op.ticket, op.what);
+            let bytes = (op.what == What::Write).then(|| op.bytes());
+            self.writes_in_flight += usize::from(bytes.is_some());
+            self.written_bytes += bytes.unwrap_or(0);
+            self.beside.insert(op.ticket, bytes);
         }
         Some(op)
     }
@@ -551,7 +557,10 @@ impl Places {
                 self.reads_in_flight -= 1;
                 self.read_at = Some(now);
             }
-            Some(what) => self.writes_in_flight -= usize::from(what == What::Write),
+            Some(bytes) => {
+                self.writes_in_flight -= usize::from(bytes.is_some());
+                self.written_bytes -= bytes.unwrap_or(0);
+            }
         }
     }
 }
@@ -596,9 +605,14 @@ fn work(device: &mut dyn Device, depth: usize, queue: &Receiver<Op>, tell: &Send
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Part;
 
     fn op(ticket: u64, what: What) -> Op {
-        Op { ticket, slot: 0, what, at: 0, parts: Vec::new() }
+        of_bytes(ticket, what, BESIDE_READS)
+    }
+
+    fn of_bytes(ticket: u64, what: What, bytes: u64) -> Op {
+        Op { ticket, slot: 0, what, at: 0, parts: vec![Part::Pool(Extent { offset: 0, bytes })] }
     }
 
     #[test]
@@ -616,7 +630,7 @@ mod tests {
             places.ended(flying.pop_front().unwrap(), now);
             flying.extend(taken(&mut places, now));
             assert_eq!((flying.len(), places.in_flight()), (16, 16));
-            assert!(places.writes_in_flight <= BESIDE_READS, "reads still first");
+            assert!(places.writes_in_flight <= 1, "reads still first");
         }
         assert!(places.writes.len() < 80, "writes go on: {} wait", places.writes.len());
         places.reads.clear();
@@ -624,12 +638,30 @@ mod tests {
             places.ended(ticket, now);
         }
         flying.extend(taken(&mut places, now));
-        assert_eq!(flying.len(), BESIDE_READS, "the next read may be about to come");
+        assert_eq!(flying.len(), 1, "the next read may be about to come");
         now += READS_PAUSE;
         flying.extend(taken(&mut places, now));
         assert_eq!((flying.len(), places.writes_in_flight), (8, 8), "half, where none came");
         places.push(op(2000, What::Read));
         assert_eq!(taken(&mut places, now), [2000], "it need not wait for any of them to end");
+    }
+
+    #[test]
+    fn beside_reads_short_writes_go_together_and_a_long_one_alone() {
+        let now = Instant::now();
+        let begun = |bytes: &[u64]| {
+            let mut places = Places { depth: 16, ..Places::default() };
+            places.push(op(0, What::Read));
+            (1..).zip(bytes).for_each(|(ticket, bytes)| places.push(of_bytes(ticket, What::Write, *bytes)));
+            let writes = std::iter::from_fn(|| places.next(now)).map(|op| op.ticket).skip(1).collect();
+            (writes, places)
+        };
+        let (writes, mut places): (Vec<u64>, _) = begun(&[4096, BESIDE_READS - 8192, 4096, 4096]);
+        assert_eq!(writes, [1, 2, 3]);
+        places.ended(2, now);
+        assert_eq!(places.next(now).map(|op| op.ticket), Some(4));
+        assert_eq!(begun(&[BESIDE_READS + 4096, 4096]).0, [1]);
+        assert_eq!(begun(&[4096, BESIDE_READS]).0, [1]);
     }
 
     #[test]
