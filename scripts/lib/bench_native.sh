@@ -1,8 +1,6 @@
 # Builds and runs the program that measures the SSD tier and the index. Sourced, never run.
 # shellcheck shell=bash
 
-# shellcheck source=scripts/lib/env.sh
-source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
 # shellcheck source=scripts/lib/bench_harness.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/bench_harness.sh"
 

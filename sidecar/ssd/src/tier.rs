@@ -500,8 +500,6 @@ struct Places {
     /// What is in flight and no read, by its ticket; of a write its bytes.
     beside: HashMap<u64, Option<u64>>,
     reads_in_flight: usize,
-    writes_in_flight: usize,
-    written_bytes: u64,
     /// When the last read went or ended.
     read_at: Option<Instant>,
 }
@@ -524,15 +522,20 @@ impl Places {
         self.reads_in_flight + self.beside.len()
     }
 
+    fn writes_in_flight(&self) -> usize {
+        self.beside.values().flatten().count()
+    }
+
     fn next(&mut self, now: Instant) -> Option<Op> {
         let free = self.depth.checked_sub(self.in_flight()).filter(|free| *free > 0)?;
         let is_reading = !self.reads.is_empty()
             || self.reads_in_flight > 0
             || self.read_at.is_some_and(|at| now.duration_since(at) < READS_PAUSE);
-        let is_alone = self.writes_in_flight == 0;
+        let is_alone = self.writes_in_flight() == 0;
+        let bytes: u64 = self.beside.values().flatten().sum();
         let may_write = self.writes.front().is_some_and(|write| {
-            let is_short = is_alone || self.written_bytes + write.bytes() <= BESIDE_READS;
-            self.writes_in_flight < self.depth.div_ceil(2) && (is_short || !is_reading)
+            let is_short = is_alone || bytes + write.bytes() <= BESIDE_READS;
+            self.writes_in_flight() < self.depth.div_ceil(2) && (is_short || !is_reading)
         });
         // However many reads there are, the others go on. However few, one place is left for a read.
         let is_owed = may_write && is_alone && self.depth > 1;
@@ -543,24 +546,15 @@ impl Places {
             self.reads_in_flight += 1;
             self.read_at = Some(now);
         } else {
-            let bytes = (op.what == What::Write).then(|| op.bytes());
-            self.writes_in_flight += usize::from(bytes.is_some());
-            self.written_bytes += bytes.unwrap_or(0);
-            self.beside.insert(op.ticket, bytes);
+            self.beside.insert(op.ticket, (op.what == What::Write).then(|| op.bytes()));
         }
         Some(op)
     }
 
     fn ended(&mut self, ticket: u64, now: Instant) {
-        match self.beside.remove(&ticket) {
-            None => {
-                self.reads_in_flight -= 1;
-                self.read_at = Some(now);
-            }
-            Some(bytes) => {
-                self.writes_in_flight -= usize::from(bytes.is_some());
-                self.written_bytes -= bytes.unwrap_or(0);
-            }
+        if self.beside.remove(&ticket).is_none() {
+            self.reads_in_flight -= 1;
+            self.read_at = Some(now);
         }
     }
 }
@@ -630,7 +624,7 @@ mod tests {
             places.ended(flying.pop_front().unwrap(), now);
             flying.extend(taken(&mut places, now));
             assert_eq!((flying.len(), places.in_flight()), (16, 16));
-            assert!(places.writes_in_flight <= 1, "reads still first");
+            assert!(places.writes_in_flight() <= 1, "reads still first");
         }
         assert!(places.writes.len() < 80, "writes go on: {} wait", places.writes.len());
         places.reads.clear();
@@ -641,7 +635,7 @@ mod tests {
         assert_eq!(flying.len(), 1, "the next read may be about to come");
         now += READS_PAUSE;
         flying.extend(taken(&mut places, now));
-        assert_eq!((flying.len(), places.writes_in_flight), (8, 8), "half, where none came");
+        assert_eq!((flying.len(), places.writes_in_flight()), (8, 8), "half, where none came");
         places.push(op(2000, What::Read));
         assert_eq!(taken(&mut places, now), [2000], "it need not wait for any of them to end");
     }
