@@ -3,11 +3,8 @@
 usage: lmcache_fs.py read|write --dir DIR --bytes N --depth N --seconds S --total BYTES
 """
 
-import argparse
-import json
 import mmap
 import os
-import resource
 import select
 import tempfile
 import time
@@ -16,14 +13,10 @@ from pathlib import Path
 os.environ.setdefault("LMCACHE_LOG_LEVEL", "ERROR")
 
 from lmcache.lmcache_fs import LMCacheFSClient
+from peer import arguments, report
 
 # Its default.
 WORKERS = 4
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 class Records:
@@ -76,23 +69,13 @@ class Records:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=["read", "write"])
-    parser.add_argument("--dir", required=True, type=Path)
-    for name in ("bytes", "depth", "total"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    args = parser.parse_args()
-
+    args = arguments()
     with tempfile.TemporaryDirectory(dir=args.dir) as place:
         count = args.total // args.bytes
         records = Records(Path(place), count, args.bytes, args.depth)
         if args.way == "read":
             records.move("write", float("inf"), count)
-        began, cpu_began = time.perf_counter(), cpu_seconds()
-        moved = records.move(args.way, args.seconds, float("inf"))
-        seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu_began
-    print(json.dumps({"gbps": moved / seconds / 1e9, "cpu_s_per_gb": cpu / (moved / 1e9)}))
+        report(lambda: records.move(args.way, args.seconds, float("inf")))
 
 
 main()

@@ -3,33 +3,19 @@
 usage: nixl_posix.py read|write --dir DIR --bytes N --depth N --seconds S --total BYTES
 """
 
-import argparse
-import json
 import mmap
 import os
-import resource
 import time
 from ctypes import addressof, c_char
 
 os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
 
 from nixl._api import nixl_agent, nixl_agent_config
-
-
-def cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+from peer import arguments, report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("way", choices=["read", "write"])
-    parser.add_argument("--dir", required=True)
-    for name in ("bytes", "depth", "total"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    args = parser.parse_args()
-
+    args = arguments()
     # The file that fio laid out and wrote: both move the same bytes of the disk.
     fd = os.open(os.path.join(args.dir, "fio.dat"), os.O_RDWR | os.O_DIRECT)
     memory = mmap.mmap(-1, args.bytes * args.depth)
@@ -50,25 +36,27 @@ def main() -> None:
             raise SystemExit("a transfer was refused")
         return handle
 
-    began, cpu_began = time.perf_counter(), cpu_seconds()
-    lanes = {lane: request(lane, lane) for lane in range(args.depth)}
-    following, moved = args.depth, 0
-    while lanes:
-        for lane, handle in list(lanes.items()):
-            state = agent.check_xfer_state(handle)
-            if state == "ERR":
-                raise SystemExit("a transfer failed")
-            if state != "DONE":
-                continue
-            agent.release_xfer_handle(handle)
-            moved += args.bytes
-            if time.perf_counter() - began < args.seconds:
-                lanes[lane] = request(lane, following)
-                following += 1
-            else:
-                del lanes[lane]
-    seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu_began
-    print(json.dumps({"gbps": moved / seconds / 1e9, "cpu_s_per_gb": cpu / (moved / 1e9)}))
+    def move() -> int:
+        began = time.perf_counter()
+        lanes = {lane: request(lane, lane) for lane in range(args.depth)}
+        following, moved = args.depth, 0
+        while lanes:
+            for lane, handle in list(lanes.items()):
+                state = agent.check_xfer_state(handle)
+                if state == "ERR":
+                    raise SystemExit("a transfer failed")
+                if state != "DONE":
+                    continue
+                agent.release_xfer_handle(handle)
+                moved += args.bytes
+                if time.perf_counter() - began < args.seconds:
+                    lanes[lane] = request(lane, following)
+                    following += 1
+                else:
+                    del lanes[lane]
+        return moved
+
+    report(move)
 
 
 main()
